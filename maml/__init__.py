@@ -1,0 +1,1 @@
+"""MAML and its relatives in JAX: inner loops, and the ways to differentiate through them."""

@@ -1,0 +1,101 @@
+"""The contract: one record and four signatures. Everything else in the library is a value that satisfies one of them.
+
+Everything is written for one task. Many tasks are a map (`jax.vmap`, a sequential map, chunks), which is a choice of
+execution and never of mathematics, so no signature here has a batch-of-tasks axis except the sampler's result.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+Params = PyTree
+"""A pytree of arrays: a dict, an `nnx.State`, Linen variables. optax works on all of them."""
+
+Batch = PyTree
+"""What a loss consumes. The supervised losses of this library take a pair (inputs, targets)."""
+
+Key = jax.Array
+"""A typed PRNG key, `jax.random.key(seed)`."""
+
+Metrics = Mapping[str, jax.Array]
+"""Scalars to look at, by name. They are never differentiated."""
+
+
+class Task(NamedTuple):
+    """One draw of the task distribution: what the learner adapts on, and what it is judged on."""
+
+    support: Batch
+    query: Batch
+
+
+class Trace(NamedTuple):
+    """What happened in the inner loop; the leading axis of every leaf is `steps`.
+
+    `params` are those after steps 1..k, `metrics` the loss's metrics on the support set before steps 1..k.
+    Outputs that nobody reads are removed by the compiler, so the record costs nothing where it is not used.
+    """
+
+    params: Params
+    metrics: Metrics
+
+
+class Adapted(NamedTuple):
+    """The result of an inner loop: the adapted parameters, to be carried on, and the trace, to be looked at."""
+
+    params: Params
+    trace: Trace
+
+
+class Conditioned(NamedTuple):
+    """Parameters together with the inputs whose batch statistics normalise whatever they are applied to.
+
+    An `apply` from `maml.models.functional` takes this in place of plain parameters. With the support inputs as
+    `reference` predictions are *inductive*: each query example is predicted alone, so that none can change another's.
+    Plain parameters are *transductive*: batch norm uses the statistics of the batch at hand.
+    """
+
+    params: Params
+    reference: PyTree
+
+
+class Apply(Protocol):
+    """A pure forward function: (params, inputs [batch, ...]) -> outputs [batch, ...]."""
+
+    def __call__(self, params: Params, inputs: Any, /) -> Any: ...
+
+
+class Loss(Protocol):
+    """The learner's problem on one batch.
+
+    The key is there for dropout, minibatches and rollouts, so that they need no second signature; a loss that needs
+    none deletes it on its first line.
+    """
+
+    def __call__(
+        self, params: Params, batch: Batch, key: Key, /
+    ) -> tuple[Float[Array, ""], Metrics]: ...
+
+
+class Adapt(Protocol):
+    """The inner loop, for one task."""
+
+    def __call__(self, loss: Loss, params: Params, support: Batch, key: Key, /) -> Adapted: ...
+
+
+class Objective(Protocol):
+    """The outer problem, for one task. `step` is the meta-step, for objectives that anneal."""
+
+    def __call__(
+        self, meta_params: Params, task: Task, key: Key, step: jax.Array, /
+    ) -> tuple[Float[Array, ""], Metrics]: ...
+
+
+class Sampler(Protocol):
+    """Keys [tasks] to a `Task` whose leaves have the leading axis [tasks]; pure and jittable.
+
+    A sampler that holds data is a `jax.tree_util.Partial`, so that the data enter a compiled program as an argument.
+    """
+
+    def __call__(self, keys: Key, /) -> Task: ...
