@@ -1,0 +1,1 @@
+"""The programs. The only place that knows Hydra."""

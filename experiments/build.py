@@ -1,0 +1,156 @@
+"""Where configuration meets code: the one place that turns a composed config into the library's values."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from flax import nnx
+from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from maml import train
+from maml.evaluate import Protocol, evaluate
+from maml.metrics import Interval
+from maml.models import functional
+from maml.random import key_for
+from maml.types import Adapt, Apply, Loss, Params, Sampler
+
+
+@dataclass
+class Trainer:
+    steps: int = MISSING
+    meta_batch: int = MISSING
+    task_chunk: Any = MISSING
+    log_every: int = MISSING
+    checkpoint_every: int = MISSING
+    keep_checkpoints: int = MISSING
+    validate_every: int = MISSING
+    validation_tasks: int = MISSING
+
+
+@dataclass
+class Evaluation:
+    split: str = MISSING
+    tasks: int = MISSING
+    ways: int | None = MISSING
+    shots: int = MISSING
+    queries: int = MISSING
+    steps: int = MISSING
+    norm: str = MISSING
+    seed: int = MISSING
+    step_size: float = MISSING
+
+
+@dataclass
+class Config:
+    """Names and types of the top level; the open groups hold callables and their arguments."""
+
+    task: Any = MISSING
+    model: Any = MISSING
+    algorithm: Any = MISSING
+    optimizer: Any = MISSING
+    trainer: Trainer = field(default_factory=Trainer)
+    logger: Any = MISSING
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    resume: str | None = None
+    paper: Any = None
+    debug_nans: bool = False
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The parts that a config names: what is meta-trained, on what, and how."""
+
+    apply: Apply
+    loss: Loss
+    sampler: Sampler
+    step: train.MetaStep
+    state: train.MetaState
+
+
+def learner(cfg: DictConfig) -> Learner:
+    """Build everything that meta-training needs.
+
+    Raises:
+      ValueError: for sizes and names that do not fit, naming argument, value and remedy.
+    """
+    check(cfg)
+    root = jax.random.key(cfg.seed)
+    sampler = build_sampler(cfg, "meta_train")
+    apply, params = build_model(cfg, sampler, root)
+    loss = instantiate(cfg.task.loss)(apply)
+    objective = instantiate(cfg.algorithm.objective, _convert_="all")(loss, instantiate(cfg.algorithm.adapt, _convert_="all"))
+    optimizer = instantiate(cfg.optimizer)
+    size, chunk = cfg.trainer.meta_batch, cfg.trainer.task_chunk
+    step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
+    return Learner(apply, loss, sampler, step, train.init(params, optimizer, root))
+
+
+def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
+    """The sampler of a split; `sizes` (ways, shots, queries) replace those of the task where it has them."""
+    node = {k: v for k, v in cfg.task.items() if k != "loss"}
+    factory = instantiate(node, _convert_="all")
+    return factory(split=split, **{k: v for k, v in sizes.items() if k in cfg.task})
+
+
+def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[Apply, Params]:
+    """The model for the shapes that the sampler draws: `outputs` is the ways, or the features of regression targets."""
+    task = jax.eval_shape(sampler, jax.random.split(root, 1))
+    inputs, targets = task.support
+    outputs = cfg.task.ways if "ways" in cfg.task else targets.shape[-1]
+    factory = instantiate(cfg.model, _convert_="all")
+    rngs = nnx.Rngs(params=key_for(root, "init"))
+    return functional(factory(tuple(inputs.shape[2:]), outputs, rngs=rngs))
+
+
+def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
+    """The evaluation protocol of the config, with `changes` (split, tasks, ...)."""
+    names = [f.name for f in dataclasses.fields(Protocol)]
+    return Protocol(**{name: cfg.evaluation[name] for name in names} | changes)
+
+
+def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
+    """The algorithm's inner loop at the protocol's steps and the evaluation's step size."""
+    cfg = cfg.copy()
+    OmegaConf.set_readonly(cfg, False)
+    step_size = cfg.evaluation.step_size
+    cfg.algorithm.steps, cfg.algorithm.step_size = protocol.steps, step_size
+    return instantiate(cfg.algorithm.adapt, _convert_="all")
+
+
+def measure(
+    cfg: DictConfig, learner: Learner, params: Params, **changes: Any
+) -> tuple[Protocol, dict[str, Interval]]:
+    """Evaluate parameters under the config's protocol, with `changes` (split, tasks, ...)."""
+    protocol = build_protocol(cfg, **changes)
+    sizes = {name: getattr(protocol, name) for name in ("ways", "shots", "queries")}
+    sampler = build_sampler(cfg, protocol.split, **sizes)
+    chunk = train.chunk_size("auto", protocol.tasks, params)
+    adapt = build_adapt(cfg, protocol)
+    return protocol, evaluate(params, sampler, learner.loss, adapt, protocol, chunk)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what the library cannot see: values that only the programs use, and parts that do not fit each other."""
+    trainer = cfg.trainer
+    for name in ("steps", "validate_every"):
+        if trainer[name] < 0:
+            raise ValueError(f"trainer.{name}={trainer[name]}: give 0 or more")
+    for name in ("meta_batch", "log_every", "checkpoint_every", "keep_checkpoints", "validation_tasks"):
+        if trainer[name] < 1:
+            raise ValueError(f"trainer.{name}={trainer[name]}: give 1 or more")
+    for name in ("algorithm.step_size", "evaluation.step_size", "optimizer.learning_rate"):
+        value = OmegaConf.select(cfg, name)
+        if isinstance(value, str) or (isinstance(value, int | float) and not value > 0):
+            raise ValueError(f"{name}={value!r}: give a positive number")
+    build_protocol(cfg)
+    if "ways" in cfg.task and cfg.evaluation.ways != cfg.task.ways:
+        raise ValueError(
+            f"evaluation.ways={cfg.evaluation.ways}: the model has task.ways={cfg.task.ways} outputs; make them equal"
+        )

@@ -1,0 +1,198 @@
+"""What lies in the directories of runs: read, and put together by configuration apart from the seed."""
+
+import glob
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from maml.loggers import read_json_lines
+from maml.metrics import Interval, interval
+
+NONE = "–"
+
+_IMMATERIAL = ("seed", "resume", "logger", "paper", "debug_nans", "task.data_dir", "task.cache_dir")
+_IMMATERIAL += ("trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+_IMMATERIAL += ("trainer.validate_every", "trainer.validation_tasks")
+"""Keys, or the groups above them, in which the seeds of one row may differ."""
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    directory: Path
+    summary: dict[str, Any]
+    metrics: dict[str, Interval]
+    settings: dict[str, str]  # the config's leaves by dotted name, as text
+    choices: dict[str, str]  # the config's groups: algorithm -> maml
+    overrides: list[str]  # names of what the command line set
+    source: str  # where the paper's figures stand
+    paper: dict[str, tuple[float, float | None]]  # its figures: mean and half-width, by metric
+    records: list[dict[str, Any]]  # what was logged on the way
+
+
+class Row(NamedTuple):
+    """The runs of one configuration and protocol, one per seed, and the overrides that tell it apart."""
+
+    name: str
+    labels: dict[str, str]
+    runs: list[Run]
+
+
+def find(patterns: Iterable[str]) -> list[Path]:
+    """The run directories below directories or globs; LookupError if one of these is not there."""
+    found = set()
+    for pattern in patterns:
+        roots = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
+        if not roots:
+            raise LookupError(f"{pattern}: no such run; give run or multirun directories")
+        for root in map(Path, roots):
+            root = root if root.is_dir() else root.parent
+            found |= {path.parent for path in root.rglob("summary.json")}
+            found |= {path.parent.parent for path in root.rglob(".hydra/config.yaml")}
+    distinct = {path.resolve(): path for path in sorted(found)}.values()
+    return sorted(distinct, key=lambda path: [part.zfill(9) for part in path.parts])  # 2 before 10
+
+
+def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:
+    """The finished runs, and a line for each unfinished and for each broken one."""
+    runs, unfinished, broken = [], [], []
+    for directory in directories:
+        try:
+            if (directory / "summary.json").exists():
+                runs.append(load(directory))
+            else:
+                records = _records(directory)
+                last = f"last logged step {records[-1]['step']}" if records else "nothing logged"
+                unfinished.append(f"{directory}: no summary.json, {last}")
+        except (ValueError, OSError) as error:
+            broken.append(f"{directory}: {error}")
+    return runs, unfinished, broken
+
+
+def load(directory: Path) -> Run:
+    """Reads a run; ValueError, with the file, or OSError if it is broken."""
+    try:
+        at = "summary.json"
+        summary = json.loads((directory / at).read_text(encoding="utf-8"))
+        metrics = {name: _measured(value) for name, value in summary["metrics"].items()}
+        seed = summary["seed"]
+        at = ".hydra"
+        config = summary.get("config") or _yaml(directory / ".hydra/config.yaml")
+        choices, overrides = _choices(directory), _overrides(directory)
+        at = "the node `paper` of the config"
+        source, paper = _paper_figures(config, choices)
+    except (LookupError, TypeError, AttributeError, ValueError, *_YAML_ERRORS) as error:
+        problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
+        raise ValueError(f"{at}: {problem}") from error
+    settings = _flat(config) | {"seed": str(seed)}
+    records = _records(directory)
+    return Run(
+        directory, summary, metrics, settings, choices, overrides, source, paper, records
+    )
+
+
+_YAML_ERRORS = (YAMLError, OmegaConfBaseException)
+
+
+def _measured(value: dict[str, Any]) -> Interval:
+    mean = math.nan if value["mean"] is None else float(value["mean"])  # null is JSON's NaN
+    return Interval(mean, value.get("ci95"), value.get("n", 1))
+
+
+def _yaml(path: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
+def _overrides(directory: Path) -> list[str]:
+    path = directory / ".hydra/overrides.yaml"
+    return [text.lstrip("+~").split("=")[0] for text in _yaml(path)] if path.exists() else []
+
+
+def _choices(directory: Path) -> dict[str, str]:
+    path = directory / ".hydra/hydra.yaml"
+    choices = _yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
+    return {name: str(choice) for name, choice in choices.items() if choice}
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    return read_json_lines(path) if path.exists() else []
+
+
+def _paper_figures(config: dict[str, Any], choices: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """The source, and the figures by metric: those for every algorithm and those for the run's own."""
+    paper = config.get("paper") or {}
+    algorithm = (config.get("algorithm") or {}).get("name", choices.get("algorithm"))
+    own = (paper.get("figures") or {}).get(algorithm) or {}
+    figures = {k: _figure(v) for k, v in ((paper.get("metrics") or {}) | own).items()}
+    return paper.get("source", NONE) if figures else NONE, figures
+
+
+def _figure(value: Any) -> tuple[float, float | None]:
+    if isinstance(value, dict):
+        value = [value["mean"], value.get("ci95")]
+    mean, ci95 = value if isinstance(value, list) else (value, None)
+    return float(mean), None if ci95 is None else float(ci95)
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, str]:
+    if not isinstance(tree, dict):
+        return {path: str(tree)}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+def material(run: Run) -> dict[str, str]:
+    """The settings on which the numbers depend, apart from the seed."""
+    skipped = tuple(f"{name}." for name in _IMMATERIAL)
+    return {k: v for k, v in run.settings.items() if not f"{k}.".startswith(skipped)}
+
+
+def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
+    """Rows of runs that differ in the seed alone, and the runs that only repeat another's seed.
+
+    A repeated seed is no independent value: the run whose directory sorts last is taken.
+    """
+    groups, repeated = {}, []
+    for run in runs:
+        key = json.dumps([material(run), run.summary.get("protocol_hash")], sort_keys=True)
+        same = groups.setdefault(key, {})
+        if run.settings["seed"] in same:
+            repeated.append(str(same[run.settings["seed"]].directory))
+        same[run.settings["seed"]] = run
+    return _rows([list(same.values()) for same in groups.values()]), repeated
+
+
+def _rows(groups: Sequence[list[Run]]) -> list[Row]:
+    names = dict.fromkeys(name for runs in groups for run in runs for name in run.overrides)
+    told = {name: [_setting(runs[0], name) for runs in groups] for name in names if name != "seed"}
+    differ = {name: values for name, values in told.items() if len(set(values)) > 1}
+    rows, taken = [], set()
+    for i, runs in enumerate(groups):
+        labels = {name: values[i] for name, values in differ.items()}
+        name = ", ".join(f"{key}={value}" for key, value in labels.items())
+        if not name or name in taken:
+            name = f"{name} ({runs[0].directory})".strip()
+        taken.add(name)
+        rows.append(Row(name, labels, runs))
+    return rows
+
+
+def _setting(run: Run, name: str) -> str:
+    return run.settings.get(name) or run.choices.get(name) or NONE
+
+
+def measured(row: Row, metric: str) -> tuple[Interval, str] | None:
+    """A row's mean and interval with what it is over: seeds, or the tasks of a single run."""
+    found = [run.metrics[metric] for run in row.runs if metric in run.metrics]
+    if len(found) > 1:
+        return interval([one.mean for one in found]), "seeds"
+    return (found[0], "tasks") if found else None

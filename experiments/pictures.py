@@ -1,0 +1,102 @@
+"""The pictures of a run: per-step metrics, training curves, and adaptation on single tasks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from omegaconf import DictConfig
+
+from experiments import build
+from maml import plots
+from maml.evaluate import Protocol
+from maml.loggers import read_json_lines
+from maml.metrics import Interval
+from maml.objectives import with_norm
+from maml.random import keys_for
+from maml.types import Params
+
+
+def draw(
+    cfg: DictConfig,
+    learner: build.Learner,
+    params: Params,
+    protocol: Protocol,
+    metrics: Mapping[str, Interval],
+) -> dict[str, plots.Figure]:
+    """Name -> figure: `step_<metric>` after each inner step, and `adaptation` of regression or `episode` of images."""
+    figures = {f"step_{name}": _step_curve(name, metrics, protocol) for name in _names(metrics)}
+    single = _episode if "ways" in cfg.task else _fits
+    return figures | single(cfg, learner, params, protocol)
+
+
+def training_curves(directory: Path) -> dict[str, plots.Figure]:
+    """Outer and support metrics over meta-training, from `metrics.jsonl`."""
+    path = directory / "metrics.jsonl"
+    rows = [r for r in read_json_lines(path)] if path.exists() else []
+    figures = {}
+    for name in ("loss", "accuracy"):
+        keys = [f"meta_train/support/{name}", f"meta_train/query/{name}"]
+        curves = {k: _series(rows, k) for k in keys if any(k in r for r in rows)}
+        if curves:
+            figures[f"training_{name}"] = plots.learning_curves(curves, name)
+    return figures
+
+
+def _series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    pairs = [(r["step"], np.nan if r[key] is None else r[key]) for r in rows if key in r]
+    return [s for s, _ in pairs], [v for _, v in pairs]
+
+
+def _names(metrics: Mapping[str, Interval]) -> list[str]:
+    return sorted({name.split("/", 1)[1] for name in metrics})
+
+
+def _step_curve(name: str, metrics: Mapping[str, Interval], protocol: Protocol) -> plots.Figure:
+    values = [metrics[f"step_{step}/{name}"] for step in range(protocol.steps + 1)]
+    means = np.array([v.mean for v in values])
+    ci95 = np.array([np.nan if v.ci95 is None else v.ci95 for v in values])
+    return plots.step_curve({f"{protocol.split}, {protocol.hash}": (means, ci95)}, name)
+
+
+def _adapted(cfg, learner, params, protocol, queries: int, tasks: int):
+    """Tasks drawn under the protocol, and the query outputs after 0..steps inner steps [tasks, steps + 1, ...]."""
+    sizes = {"ways": protocol.ways, "shots": protocol.shots, "queries": queries}
+    sampler = build.build_sampler(cfg, protocol.split, **sizes)
+    adapt = build.build_adapt(cfg, protocol)
+    keys = keys_for(jax.random.key(protocol.seed), "pictures", 0, tasks)
+
+    def outputs(task, key):
+        trace = adapt(learner.loss, params, task.support, key).trace
+        path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, trace.params)
+        return jax.lax.map(
+            lambda p: learner.apply(with_norm(p, task.support, protocol.norm), task.query[0]), path
+        )
+
+    drawn = sampler(keys)
+    return jax.device_get((drawn, jax.jit(jax.vmap(outputs))(drawn, keys)))
+
+
+def _fits(cfg, learner, params, protocol) -> dict[str, plots.Figure]:
+    """Four regression tasks of one input: support, true function, predictions at 0, 1 and the last step."""
+    tasks, outputs = _adapted(cfg, learner, params, protocol, queries=200, tasks=4)
+    if tasks.query[1].shape[-1] != 1:
+        return {}
+    steps = sorted({0, min(1, protocol.steps), protocol.steps})
+    fits = []
+    for i in range(4):
+        x = tasks.query[0][i, :, 0]
+        order = np.argsort(x)
+        predictions = {step: outputs[i, step, order, 0] for step in steps}
+        support = (tasks.support[0][i, :, 0], tasks.support[1][i, :, 0])
+        fits.append(plots.Fit(x[order], tasks.query[1][i, order, 0], predictions, support))
+    return {"adaptation": plots.adaptation_grid(fits)}
+
+
+def _episode(cfg, learner, params, protocol) -> dict[str, plots.Figure]:
+    """One classification task with the predictions after the last inner step."""
+    tasks, outputs = _adapted(cfg, learner, params, protocol, protocol.queries, tasks=1)
+    predictions = outputs[0, -1].argmax(-1)
+    sizes = protocol.ways, protocol.shots, protocol.queries
+    return {"episode": plots.episode(tasks.support[0][0], tasks.query[0][0], *sizes, predictions)}

@@ -1,0 +1,208 @@
+"""One table and the curves of any set of runs.
+
+    python -m experiments.report outputs/2026-11-22/10-00-00 multirun/2026-11-22/sweep
+
+Runs that differ in nothing but the seed make one row, beside the paper's figure where the experiment
+names one. Writes report.md, report.csv and the curves as PNG; prints the table.
+"""
+
+import argparse
+import csv
+import datetime
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.collect import NONE, Row, Run, find, group, load_all, material, measured
+from maml.metrics import Interval
+
+_INNER_STEP = re.compile(r"(.+)/step_(\d+)/(.+)")
+
+
+def main() -> None:
+    """Console script: reads the command line, writes the report; exits with 2 if there is none."""
+    parser = argparse.ArgumentParser(description="One table and the curves of any set of runs.")
+    parser.add_argument("runs", nargs="+", help="run or multirun directories, or globs of them")
+    parser.add_argument("--metric", action="append", help="a metric to show; may be repeated")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="default: ./report")
+    arguments = parser.parse_args()
+    try:
+        print(report(arguments.runs, arguments.output, arguments.metric))
+    except (LookupError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def report(patterns: Sequence[str], output: Path, metrics: Sequence[str] | None = None) -> str:
+    """Writes the report on the runs below `patterns` into `output`; returns its table and notes.
+
+    LookupError if there is no finished run, or if a metric is in none of them.
+    """
+    runs, unfinished, broken = load_all(find(patterns))
+    if not runs:
+        raise LookupError("; ".join(["no finished run found", *unfinished, *broken]))
+    metrics = _known(metrics, runs) if metrics else _default_metrics(runs)
+    rows, repeated = group(runs)
+    notes = [*_protocol_notes(rows), *_configuration_notes(rows)]
+    notes += _list("Left out (a later run has the same configuration and seed)", repeated)
+    notes += _list("Unfinished", unfinished) + _list("Broken", broken)
+    text = "\n\n".join([markdown(rows, metrics), *notes])
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "report.csv", rows, metrics)
+    pictures = [f"![{name}]({file})" for name, file in draw(rows, output, metrics)]
+    (output / "report.md").write_text("\n\n".join([text, *pictures]) + "\n", encoding="utf-8")
+    return text
+
+
+def _known(metrics: Sequence[str], runs: Iterable[Run]) -> Sequence[str]:
+    known = sorted({name for run in runs for name in run.metrics})
+    for name in metrics:
+        if name not in known:
+            raise LookupError(f"--metric {name}: in none of the runs; there are {', '.join(known)}")
+    return metrics
+
+
+def _default_metrics(runs: Iterable[Run]) -> list[str]:
+    """What the papers name, and for a run without paper its loss and accuracy after the last step."""
+    names = {}
+    for run in runs:
+        names |= dict.fromkeys(run.paper or _after_last_step(run.metrics))
+    return list(names)
+
+
+def _after_last_step(metrics: Iterable[str]) -> list[str]:
+    found = [match for match in map(_INNER_STEP.fullmatch, metrics) if match]
+    found = [match for match in found if match[3] in ("loss", "accuracy")]
+    last = {(m[1], m[3]): m[0] for m in sorted(found, key=lambda m: int(m[2]))}
+    return list(last.values())
+
+
+def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """The table in Markdown: overrides, our numbers beside the paper's, protocol and cost."""
+    lines = []
+    for row in rows:
+        cells, paper = dict(row.labels), row.runs[0].paper
+        for metric in metrics:
+            cells[metric] = _ours(measured(row, metric))
+            cells[f"paper: {metric}"] = _paper(paper.get(metric))
+        seconds = _wall_time(row)
+        time = NONE if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+        lines.append(cells | {"source": row.runs[0].source} | _facts(row) | {"wall time": time})
+    unused = [k for k in lines[0] if all(cells[k] == NONE for cells in lines)]
+    columns = [k for k in lines[0] if k not in unused]
+    table = [columns, ["---"] * len(columns), *([cells[k] for k in columns] for cells in lines)]
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in table)
+
+
+def write_csv(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:
+    """The table with a column for every number; empty where there is none."""
+    kinds = ("", " ci95", " n", " over", " paper", " paper ci95")
+    lines = []
+    for row in rows:
+        cells = dict(row.labels)
+        for metric in metrics:
+            ours, over = measured(row, metric) or (("", "", ""), "")
+            paper = row.runs[0].paper.get(metric, ("", ""))
+            cells |= zip((metric + kind for kind in kinds), (*ours, over, *paper), strict=True)
+        cells |= {"source": row.runs[0].source} | _facts(row) | {"wall_time_s": _wall_time(row)}
+        lines.append(cells | {"directories": " ".join(str(run.directory) for run in row.runs)})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _facts(row: Row) -> dict[str, str]:
+    def of_all(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values))
+
+    return {
+        "protocol": str(row.runs[0].summary.get("protocol_hash", NONE)),
+        "seeds": of_all(run.summary["seed"] for run in row.runs),
+        "steps": of_all(_steps(run) for run in row.runs),
+        "device": of_all(run.summary.get("device", NONE) for run in row.runs),
+    }
+
+
+def _steps(run: Run) -> Any:
+    logged = run.records[-1]["step"] if run.records else NONE
+    return run.settings.get("trainer.steps", logged)
+
+
+def _wall_time(row: Row) -> float | None:
+    """The mean over the row's runs, in seconds."""
+    known = [run.summary["wall_time_s"] for run in row.runs if "wall_time_s" in run.summary]
+    return float(np.mean(known)) if known else None
+
+
+def _ours(value: tuple[Interval, str] | None) -> str:
+    if value is None:
+        return NONE
+    (mean, ci95, n), over = value
+    if not ci95 or not math.isfinite(ci95):
+        return f"{mean:.4g} ({n} {over})"
+    decimals = max(0, 1 - math.floor(math.log10(ci95)))  # two digits of the interval
+    return f"{mean:.{decimals}f} ± {ci95:.{decimals}f} ({n} {over})"
+
+
+def _paper(figure: tuple[float, float | None] | None) -> str:
+    if figure is None:
+        return NONE
+    mean, ci95 = figure
+    return f"{mean:g}" if ci95 is None else f"{mean:g} ± {ci95:g}"
+
+
+def _list(title: str, lines: Sequence[str]) -> list[str]:
+    return ["\n".join([f"**{title}:**", "", *(f"- {line}" for line in lines)])] if lines else []
+
+
+def _protocol_notes(rows: Iterable[Row]) -> list[str]:
+    summaries = [row.runs[0].summary for row in rows]
+    protocols = {str(s.get("protocol_hash", NONE)): s.get("protocol") or {} for s in summaries}
+    if len(protocols) < 2:
+        return []
+    title = "Warning: rows of different protocols stand in this table and cannot be compared"
+    return _list(title, _differences(protocols) or ["no difference is recorded"])
+
+
+def _configuration_notes(rows: Sequence[Row]) -> list[str]:
+    """What differs between rows that no override tells apart: a default that was changed."""
+    alike: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        labels = str(row.labels)
+        alike.setdefault(labels, {})[str(row.runs[0].directory)] = material(row.runs[0])
+    lines = [line for told in alike.values() if len(told) > 1 for line in _differences(told)]
+    return _list("Rows that look alike differ in", lines)
+
+
+def _differences(told: dict[str, dict]) -> list[str]:
+    """`key: value (name), ...` for every key whose values differ between the named mappings."""
+    keys = dict.fromkeys(key for settings in told.values() for key in settings)
+    lines = []
+    for key in keys:
+        values = {name: str(settings.get(key, NONE)) for name, settings in told.items()}
+        if len(set(values.values())) > 1:
+            lines.append(f"{key}: " + ", ".join(f"{v} ({name})" for name, v in values.items()))
+    return lines
+
+
+def draw(rows: Sequence[Row], output: Path, metrics: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Writes the learning curves and the curves over inner steps; yields each one's title and file."""
+    from maml import plots  # imports JAX: only when the table is done
+
+    logged = dict.fromkeys(name for row in rows for run in row.runs for record in run.records for name in record)
+    for name in logged:
+        if name in metrics or name.endswith(("query/loss", "query/accuracy")):
+            curves = {row.name: _learning_curve(row, name) for row in rows}
+            curves = {label: curve for label, curve in curves.items() if curve[0]}
+            positive = all(np.nanmin(values) > 0 for _, values in curves.values())
+            figure = plots.learning_curves(curves, name, logy=positive and name.endswith("loss"))
+            yield name, _save(figure, output, name)
+    found = (_INNER_STEP.fullmatch(name) for row in rows for run in row.runs for name in run.metrics)
+    for prefix, name in dict.fromkeys((match[1], match[3]) for match in found if match):
+        curves = {row.name: _step_curve(row, prefix, name) for row in rows}
+        curves = {label: curve for label, curve in curves.items() if len(curve[0])}
+        yield f"{prefix}/{name}", _save(plots.step_curve(curves, f"{prefix}/{name}"), output, f"{prefix}/steps/{name}")

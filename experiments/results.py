@@ -1,0 +1,136 @@
+"""A run directory: what identifies a run, where it was left, and the summary of what came out."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.program import write
+from maml.checkpoint import Checkpoints, digest
+from maml.evaluate import Protocol
+from maml.metrics import Interval
+from maml.train import Progress
+from maml.types import Params
+
+log = logging.getLogger(__name__)
+
+_MAY_CHANGE = ("resume", "logger", "evaluation", "paper", "debug_nans", "task.data_dir", "task.cache_dir",
+               *(f"trainer.{k}" for k in ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_tasks")))  # fmt: skip
+"""Keys that change no bit of the meta-parameters at a given step."""
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain data."""
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # pyright: ignore[reportReturnType]
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {path: tree}
+    items = [flat(v, f"{path}.{k}" if path else str(k)) for k, v in tree.items()]
+    return {k: v for item in items for k, v in item.items()}
+
+
+def finished(directory: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """The summary in a directory, if it is that of this very config."""
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("config") == _without_resume(plain(cfg)) else None
+
+
+def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != "resume"}
+
+
+def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
+    """The progress that was saved in the run's own directory, else in `cfg.resume`, else the one that is given.
+
+    Raises:
+      ValueError: when `resume` names a directory without checkpoint, when the checkpoint is of another config or beyond
+        `trainer.steps`, when no checkpoint can be read.
+    """
+    if not checkpoints.steps() and cfg.resume is None:
+        return progress
+    if not checkpoints.steps():
+        source = Path(cfg.resume).expanduser()
+        if not Checkpoints(source / "checkpoints").steps():
+            raise ValueError(f"resume={cfg.resume}: no checkpoint in {source / 'checkpoints'}; give a run directory that has some")
+        checkpoints = Checkpoints(source / "checkpoints")
+        if (source / "metrics.jsonl").exists():
+            shutil.copy(source / "metrics.jsonl", directory / "metrics.jsonl")
+    _same_config(cfg, checkpoints)
+    step, progress = checkpoints.restore(progress) or (0, progress)
+    if step > cfg.trainer.steps:
+        raise ValueError(f"trainer.steps={cfg.trainer.steps}: the run in {checkpoints.directory.parent} has done {step}; give more")
+    log.info("continuing %s after meta-step %s", checkpoints.directory.parent, step)
+    return progress
+
+
+def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
+    saved, now = flat(checkpoints.config() or plain(cfg)), flat(plain(cfg))
+    keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
+    if keys:
+        changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)
+        raise ValueError(f"the checkpoints in {checkpoints.directory} are of another config: {changes}. Give the old values or another directory")
+
+
+def summarize(
+    cfg: DictConfig, protocol: Protocol, metrics: Mapping[str, Interval], params: Params, wall_time_s: float
+) -> dict[str, Any]:
+    """Everything that must travel with the numbers."""
+    return {
+        "metrics": {f"{protocol.split}/{k}": _json(v) for k, v in metrics.items()},
+        "protocol": dataclasses.asdict(protocol),
+        "protocol_hash": protocol.hash,
+        "params_sha256": digest(params),
+        "seed": cfg.seed,
+        "versions": versions(),
+        "device": device(),
+        "wall_time_s": round(wall_time_s, 3),
+        "config": _without_resume(plain(cfg)),
+    }
+
+
+def save(path: Path, summary: Mapping[str, Any]) -> None:
+    write(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+
+
+def _json(value: Interval) -> dict[str, Any]:
+    """A mean that is no number is null: JSON has no NaN."""
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in value._asdict().items()}
+
+
+def versions() -> dict[str, str]:
+    names = ("maml", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "hydra-core", "tensorflow-datasets", "numpy")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+def device() -> str:
+    """Kind and number of devices; on CPU the number of threads, on which the low bits of sums depend."""
+    devices = jax.devices()
+    threads = f", {len(os.sched_getaffinity(0))} threads" if devices[0].platform == "cpu" and hasattr(os, "sched_getaffinity") else ""
+    return f"{len(devices)} × {devices[0].device_kind}{threads}"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The numbers of a summary as lines of text."""
+    rows = [f"{name:32} {_number(v['mean'])} ± {_number(v['ci95'])}" for name, v in summary["metrics"].items()]
+    protocol = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if v is not None)
+    return "\n".join([f"protocol {summary['protocol_hash']}: {protocol}", *rows])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,138 @@
+"""Checkpoints: a thin layer over Orbax that checks what it reads."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """Checkpoints are there, and none can be read."""
+
+
+def digest(tree) -> str:
+    """sha256 of the bits of a pytree of arrays: paths, types, shapes and bytes."""
+    hasher = hashlib.sha256()
+    for path, array in _flat(tree).items():
+        hasher.update(f"{path} {array.dtype} {array.shape}".encode())
+        hasher.update(np.ascontiguousarray(array).tobytes())
+    return hasher.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run: `directory/<step>`, each a pytree with a sha256 of its bits and the run's configuration.
+
+    A save appears under its name only when it is complete (Orbax renames it), so a kill during a save leaves the one before
+    untouched. Leaves are stored by path: what is read is put into the structure of the template that is given.
+
+    Args:
+      keep: how many of the newest are kept.
+
+    Raises:
+      OSError: on a save that the disk refuses, naming the directory; earlier checkpoints stay.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 3):
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self._manager: Any = None
+
+    def steps(self) -> list[int]:
+        """The saved steps, oldest first, without touching the file system."""
+        names = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def save(self, step: int, tree, config: Mapping[str, Any]) -> None:
+        """Save a pytree under `step`, once: a step that is there already is left as it is."""
+        import orbax.checkpoint as ocp
+
+        if step in self.steps():
+            return
+        meta = {"sha256": digest(tree), "config": dict(config)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(tree)), meta=ocp.args.JsonSave(meta))
+        try:
+            self._open().save(step, args=args, force=True)
+        except OSError as e:
+            raise OSError(f"could not save step {step} in {self.directory}: {e}") from e
+
+    def config(self) -> Mapping[str, Any] | None:
+        """The configuration that the newest readable checkpoint was saved with, or None without checkpoints."""
+        for step in reversed(self.steps()):
+            try:
+                return self._read(step, "meta")["config"]
+            except Exception as e:
+                log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
+        return None
+
+    def restore(self, template) -> tuple[int, Any] | None:
+        """The newest readable checkpoint as (step, tree shaped as `template`), or None where there is none.
+
+        A damaged one is named in a warning and skipped.
+
+        Raises:
+          Damaged: when there are checkpoints and none can be read.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return step, self._restore(step, template)
+            except Exception as e:
+                log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
+        if self.steps():
+            raise Damaged(f"no checkpoint in {self.directory} can be read: delete it to start anew")
+        return None
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _restore(self, step: int, template):
+        flat = _flat(template)
+        read = self._read(step, "state", {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flat.items()})
+        leaves, structure = jax.tree.flatten(template)
+        tree = structure.unflatten([_like(x, read[k]) for x, k in zip(leaves, flat, strict=True)])
+        if digest(tree) != self._read(step, "meta")["sha256"]:
+            raise ValueError("its bits are not those that were saved (sha256)")
+        return tree
+
+    def _read(self, step: int, item: str, template=None):
+        import orbax.checkpoint as ocp
+
+        arg = ocp.args.JsonRestore() if item == "meta" else ocp.args.StandardRestore(template)
+        return self._open().restore(step, args=ocp.args.Composite(**{item: arg}))[item]
+
+    def _open(self):
+        import orbax.checkpoint as ocp
+
+        if self._manager is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+
+def _flat(tree) -> dict[str, np.ndarray]:
+    """Path -> array on the host; a typed key is its bits."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {p: np.asarray(jax.device_get(_bits(x))) for p, (_, x) in zip(paths, leaves, strict=True)}
+
+
+def _bits(x):
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def _like(x, array):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(x))
+    return jax.numpy.asarray(array)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,104 @@
+"""Evaluation on held-out tasks, under a protocol that every number carries with it."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from tqdm import tqdm
+
+from maml.metrics import Interval, interval
+from maml.objectives import check_norm, with_norm
+from maml.random import keys_for
+from maml.types import Adapt, Loss, Params, Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Everything that must be equal for two numbers to be comparable.
+
+    Attributes:
+      split: meta_train, meta_valid or meta_test.
+      tasks: number of tasks drawn.
+      ways: classes per task; None for regression.
+      shots, queries: examples per class in the support and the query set (points, for regression).
+      steps: inner steps; metrics are reported after 0, 1, ..., steps.
+      norm: "batch" (transductive: statistics of the query set) or "support" (inductive); see `objectives.query_loss`.
+      seed: of the draw of the tasks.
+
+    Raises:
+      ValueError: for sizes that are not positive, negative steps, an unknown norm.
+    """
+
+    split: str = "meta_test"
+    tasks: int = 600
+    ways: int | None = None
+    shots: int = 1
+    queries: int = 1
+    steps: int = 1
+    norm: str = "batch"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("tasks", "shots", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)}: give 1 or more")
+        if self.steps < 0:
+            raise ValueError(f"evaluation.steps={self.steps}: give 0 or more")
+        check_norm(self.norm)
+
+    @property
+    def hash(self) -> str:
+        """Eight hexadecimal digits that name the protocol."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def evaluate(
+    params: Params,
+    sampler: Sampler,
+    loss: Loss,
+    adapt: Adapt,
+    protocol: Protocol,
+    chunk: int = 1,
+) -> dict[str, Interval]:
+    """Mean and 95 % interval over tasks of each query metric after each inner step: `step_0/loss`, `step_1/loss`, ...
+
+    `adapt` takes `protocol.steps` steps and `sampler` draws tasks of the protocol's sizes. Nothing is differentiated with
+    respect to the meta-parameters, so the memory is that of plain training. Tasks are drawn inside, a chunk at a time, and
+    depend on the protocol's seed and their index alone. A progress bar appears after 2 s where stderr is a terminal.
+    """
+    root = jax.random.key(protocol.seed)
+    block = min(100, protocol.tasks)
+    if not isinstance(sampler, jax.tree_util.Partial):
+        sampler = jax.tree_util.Partial(sampler)
+
+    @jax.jit
+    def run(params, sampler, start):
+        keys = keys_for(root, protocol.split, 0, block, start)
+        return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk)
+
+    starts = range(0, protocol.tasks, block)
+    bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
+    blocks = [jax.device_get(run(params, sampler, jnp.int32(start))) for start in bar]
+    values = {k: np.concatenate([b[k] for b in blocks])[: protocol.tasks] for k in blocks[0]}
+    return {
+        f"step_{step}/{name}": interval(v[:, step])
+        for name, v in values.items()
+        for step in range(protocol.steps + 1)
+    }
+
+
+def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, key):
+    """The query metrics of one task after 0..steps inner steps, each [steps + 1]."""
+    key_task, key_adapt, key_query = jax.random.split(key, 3)
+    task = jax.tree.map(lambda x: x[0], sampler(key_task[None]))
+    adapted = adapt(loss, params, task.support, key_adapt)
+    path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, adapted.trace.params)
+    return lax.map(
+        lambda p: loss(with_norm(p, task.support, protocol.norm), task.query, key_query)[1], path
+    )

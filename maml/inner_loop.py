@@ -1,0 +1,89 @@
+"""How the parameters move: the inner loop, for one task."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+
+from maml.derivatives import Derivative, reverse
+from maml.types import Adapt, Adapted, Loss, Params, Trace
+
+_TINY = 1e-15
+"""Small against any gradient that matters; its square is still a normal float32 number."""
+
+
+def unroll(
+    optimizer: optax.GradientTransformation, steps: int, derivative: Derivative = reverse
+) -> Adapt:
+    """An inner loop of `steps` updates of any optax optimizer, under one `lax.scan`.
+
+    θₜ₊₁ = θₜ + update(∇L(θₜ; support)), t = 0..steps-1; with `optax.sgd(α)` this is MAML's inner loop (arXiv 1703.03400,
+    Eq. 1). The optimizer's state starts afresh for each task. Zero steps give the parameters back.
+
+    Raises:
+      ValueError: at the call of this factory, for a negative or fractional number of steps.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, 0 or more")
+
+    def adapt(loss: Loss, params, support, key) -> Adapted:
+        gradient = derivative(loss)
+
+        def step(carry, key):
+            params, state = carry
+            grads, metrics = gradient(params, support, key)
+            updates, state = optimizer.update(_nonzero(grads), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), Trace(params, metrics)
+
+        carry = params, optimizer.init(params)
+        (params, _), trace = lax.scan(step, carry, jax.random.split(key, steps))
+        return Adapted(params, trace)
+
+    return adapt
+
+
+def _nonzero(grads: Params) -> Params:
+    """Move gradients that are exactly zero off zero by 1e-15, with derivative one.
+
+    Adam and its kin take the root of a running mean of squares and norms take the root of a sum: at zero the derivative of
+    the root is infinite and the chain rule gives inf · 0 = NaN in the meta-gradient (optax #882), although the map from
+    gradient to update is smooth but for its scale. The nudge changes an update by less than 1e-7 of a step.
+    """
+    return jax.tree.map(lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads)
+
+
+def only(where: Any, adapt: Adapt) -> Adapt:
+    """Run `adapt` on the parameters that `where` selects; the others stay, and are still differentiated by the outer loop.
+
+    `where` is an NNX filter: a predicate (path, value) -> bool, `nnx.PathContains("head")`, `nnx.Not(...)`; the paths of a
+    pytree that is no `nnx.State` are its dict keys, indices and field names.
+
+    Raises:
+      ValueError: when the adapted loop starts, if the filter selects nothing.
+    """
+    selects = nnx.filterlib.to_predicate(where)
+
+    def partial_adapt(loss: Loss, params, support, key) -> Adapted:
+        leaves, structure = jax.tree.flatten_with_path(params)
+        paths = [tuple(map(_name, path)) for path, _ in leaves]
+        moving = {i: x for i, (_, x) in enumerate(leaves) if selects(paths[i], x)}
+        if not moving:
+            raise ValueError(f"where={where!r} selects no parameter; the paths are {paths}")
+
+        def join(moving) -> Params:
+            return structure.unflatten([moving.get(i, x) for i, (_, x) in enumerate(leaves)])
+
+        adapted = adapt(lambda m, batch, k: loss(join(m), batch, k), moving, support, key)
+        trace = Trace(jax.vmap(join)(adapted.trace.params), adapted.trace.metrics)
+        return Adapted(join(adapted.params), trace)
+
+    return partial_adapt
+
+
+def _name(key) -> Any:
+    """The dict key, index or field name in an entry of a key path."""
+    return next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a))

@@ -1,0 +1,46 @@
+"""Losses: each a factory from a forward function `apply(params, inputs)` to `loss(params, batch, key)`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml.types import Apply, Loss
+
+
+def mse(apply: Apply) -> Loss:
+    """Mean squared error over all examples and features; batch = (inputs, targets), targets shaped as the outputs.
+
+    Raises:
+      ValueError: when outputs and targets differ in shape (a silent broadcast would average the wrong differences).
+    """
+
+    def loss(params, batch, key):
+        del key
+        inputs, targets = batch
+        outputs = apply(params, inputs)
+        if outputs.shape != targets.shape:
+            raise ValueError(f"mse: outputs {outputs.shape} and targets {targets.shape} differ in shape")
+        value = jnp.mean(jnp.square(outputs - targets))
+        return value, {"loss": value}
+
+    return loss
+
+
+def cross_entropy(apply: Apply) -> Loss:
+    """Mean softmax cross-entropy in nats; batch = (inputs, labels), integer labels [examples], outputs [examples, classes].
+
+    The mean is over examples. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours
+    (cbfinn/maml utils.py).
+    """
+
+    def loss(params, batch, key):
+        del key
+        inputs, labels = batch
+        logits = apply(params, inputs)
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
+        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+        return value, {"loss": value, "accuracy": jax.lax.stop_gradient(accuracy)}
+
+    return loss

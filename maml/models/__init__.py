@@ -1,0 +1,5 @@
+"""Models, and the bridge from Flax NNX modules to pure functions."""
+
+from maml.models.conv import Conv4 as Conv4
+from maml.models.functional import functional as functional
+from maml.models.mlp import MLP as MLP

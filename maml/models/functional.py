@@ -1,0 +1,36 @@
+"""From a Flax NNX module to a pure function and its parameters."""
+
+import jax
+from flax import nnx
+from jax import lax
+
+from maml.types import Apply, Conditioned, Params
+
+
+def functional(model: nnx.Module) -> tuple[Apply, Params]:
+    """Split an NNX module into `apply(params, inputs) -> outputs` and its parameters, an `nnx.State` of `nnx.Param`.
+
+    Batch norm is transductive where `params` are plain: the statistics are those of the inputs at hand, and no running
+    average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
+    every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit.
+    The module itself is left as it was.
+    """
+    model = nnx.clone(model)
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.momentum = 0.0  # a "running average" that is the last batch
+            module.use_running_average = False
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def apply(params, inputs):
+        # A copy of the state, whose variables belong to the trace at hand: batch norm writes to them.
+        state = jax.tree.map(lambda x: x, rest)
+        if not isinstance(params, Conditioned):
+            return nnx.merge(graphdef, params, state)(inputs)
+        model = nnx.merge(graphdef, params.params, state)
+        model(params.reference)
+        model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
+        settled, state = nnx.split(model)
+        return lax.map(lambda x: nnx.merge(settled, state)(x[None])[0], inputs)
+
+    return apply, params

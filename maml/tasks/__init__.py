@@ -1,0 +1,1 @@
+from maml.tasks.sinusoid import sinusoid as sinusoid

@@ -1,0 +1,44 @@
+"""Regression of sine waves from a few points."""
+
+import jax
+import jax.numpy as jnp
+
+from maml.types import Sampler, Task
+
+
+def sinusoid(
+    split: str = "meta_train",
+    shots: int = 10,
+    queries: int = 10,
+    amplitude: tuple[float, float] = (0.1, 5.0),
+    phase: tuple[float, float] = (0.0, jnp.pi),
+    inputs: tuple[float, float] = (-5.0, 5.0),
+    oracle: bool = False,
+) -> Sampler:
+    """Tasks y = A·sin(x - φ) with A, φ and x uniform: Finn et al. 2017 (arXiv 1703.03400), section 5.1.
+
+    Inputs [tasks, points, 1] and targets [tasks, points, 1]. With `oracle` the inputs are (x, A, φ) [tasks, points, 3]: the
+    paper's upper bound, a learner that is told the task. All splits are one distribution; only the keys differ.
+
+    Raises:
+      ValueError: for sizes below 1 or an empty range.
+    """
+    del split
+    for name, size in (("shots", shots), ("queries", queries)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r}: give a whole number of points, 1 or more")
+    for name, (low, high) in (("amplitude", amplitude), ("phase", phase), ("inputs", inputs)):
+        if not low < high:
+            raise ValueError(f"{name}=({low}, {high}): give a range (low, high) with low < high")
+
+    def draw(key) -> Task:
+        key_a, key_p, key_x = jax.random.split(key, 3)
+        a = jax.random.uniform(key_a, (), minval=amplitude[0], maxval=amplitude[1])
+        p = jax.random.uniform(key_p, (), minval=phase[0], maxval=phase[1])
+        x = jax.random.uniform(key_x, (shots + queries, 1), minval=inputs[0], maxval=inputs[1])
+        y = a * jnp.sin(x - p)
+        if oracle:
+            x = jnp.concatenate([x, jnp.full_like(x, a), jnp.full_like(x, p)], axis=1)
+        return Task((x[:shots], y[:shots]), (x[shots:], y[shots:]))
+
+    return jax.vmap(draw)

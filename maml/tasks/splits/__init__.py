@@ -1,0 +1,148 @@
+"""Class splits: which classes are for meta-training, meta-validation and meta-test.
+
+The committed Omniglot lists are text files beside this one, in the format that a user's own file has too:
+
+    # comment
+    [meta_train]
+    Angelic_0
+    [meta_valid]
+    ...
+    [meta_test]
+    ...
+"""
+
+import csv
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+SHA256 = {
+    "finn": "",
+    "vinyals": "",
+    "lake": "",
+}
+"""The digests of the committed lists (`omniglot_<name>.txt`), comments left out."""
+
+FOLDER = Path(__file__).parent
+
+
+class ClassSplit(NamedTuple):
+    """Names of classes; no class is in two of them. Any may be empty."""
+
+    meta_train: tuple[str, ...]
+    meta_valid: tuple[str, ...]
+    meta_test: tuple[str, ...]
+
+
+def read_split(class_split: str) -> ClassSplit:
+    """A committed split by name, or a user's: a file as above, or a folder of lists.
+
+    A folder holds meta_train.txt, meta_valid.txt and meta_test.txt (one class a line), or the train.csv, val.csv and
+    test.csv of Ravi & Larochelle 2017 (columns filename,label; the labels are the classes).
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: an unreadable or overlapping list, or a committed one that was changed.
+    """
+    if class_split in SHA256:
+        return _committed(class_split)
+    path = Path(class_split).expanduser()
+    if path.is_dir():
+        return _checked(_from_folder(path), path)
+    if path.is_file():
+        return _checked(_from_file(path), path)
+    names = ", ".join(SHA256)
+    raise FileNotFoundError(
+        f"class_split={class_split!r}: neither one of {names} nor a file or folder; give one of these"
+    )
+
+
+def classes_of(class_split: str, split: str) -> tuple[str, ...]:
+    """The classes of one part of a split, never empty.
+
+    Raises:
+      ValueError: `split` is not one of meta_train, meta_valid, meta_test, or this class split has no such classes.
+    """
+    if split not in ClassSplit._fields:
+        raise ValueError(f"split={split!r}: give one of {', '.join(ClassSplit._fields)}")
+    parts = read_split(class_split)._asdict()
+    if not parts[split]:
+        filled = ", ".join(name for name, classes in parts.items() if classes)
+        raise ValueError(
+            f"split={split!r}: class_split={class_split!r} has no classes there, only {filled}; "
+            "give another split or class_split"
+        )
+    return parts[split]
+
+
+def digest(split: ClassSplit) -> str:
+    """The sha256 of the lists: names and their order, not comments or line ends."""
+    lines = [line for name in split._fields for line in (f"[{name}]", *getattr(split, name))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _committed(name: str) -> ClassSplit:
+    path = FOLDER / f"omniglot_{name}.txt"
+    split = _checked(_from_file(path), path)
+    if digest(split) != SHA256[name]:
+        raise ValueError(
+            f"class_split={name!r}: {path} was changed (its sha256 is not the committed one), so results would not "
+            "compare; restore it, or keep your own list in another file and give its path"
+        )
+    return split
+
+
+def _from_file(path: Path) -> ClassSplit:
+    parts: dict[str, list[str]] = {name: [] for name in ClassSplit._fields}
+    section = None
+    for line in _lines(path):
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif section in parts:
+            parts[section].append(line)
+        if section not in parts:
+            raise ValueError(
+                f"class_split={str(path)!r}: found {line!r}, but a class stands below one of "
+                f"{', '.join(f'[{name}]' for name in parts)}; mend the file"
+            )
+    return ClassSplit(*map(tuple, parts.values()))
+
+
+def _from_folder(folder: Path) -> ClassSplit:
+    for files, read in (
+        (("meta_train.txt", "meta_valid.txt", "meta_test.txt"), _lines),
+        (("train.csv", "val.csv", "test.csv"), _labels),
+    ):
+        if (folder / files[0]).is_file():
+            paths = [folder / file for file in files]
+            return ClassSplit(*(tuple(read(path)) if path.is_file() else () for path in paths))
+    raise FileNotFoundError(
+        f"class_split={str(folder)!r}: no lists of classes there; write meta_train.txt, meta_valid.txt and "
+        "meta_test.txt (one class a line), or put train.csv, val.csv and test.csv (filename,label) there"
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _labels(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        if "label" not in (rows.fieldnames or ()):
+            raise ValueError(
+                f"class_split={str(path)!r}: no column 'label'; its first line must be filename,label"
+            )
+        return list(dict.fromkeys(row["label"] for row in rows))
+
+
+def _checked(split: ClassSplit, path: Path) -> ClassSplit:
+    names = [name for part in split for name in part]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) > len(set(names)) else []
+    if twice:
+        raise ValueError(
+            f"class_split={str(path)!r}: {twice[0]!r} is listed twice ({len(twice)} such classes), but a class "
+            "belongs to one split; remove it from the others"
+        )
+    return split

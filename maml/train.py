@@ -1,0 +1,238 @@
+"""Meta-training: the pure meta-step, and the loop that runs many of them per dispatch."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from maml.random import keys_for
+from maml.types import Key, Metrics, Objective, Params, Sampler, Task
+
+
+class MetaState(NamedTuple):
+    """All that the meta-step carries: meta-steps done, the root of all keys, meta-parameters, the outer optimizer's state."""
+
+    step: jax.Array
+    key: Key
+    params: Params
+    opt_state: optax.OptState
+
+
+MetaStep = Callable[[MetaState, Sampler], tuple[MetaState, Metrics]]
+
+
+def init(params: Params, optimizer: optax.GradientTransformation, key: Key) -> MetaState:
+    return MetaState(jnp.zeros((), jnp.int32), key, params, optimizer.init(params))
+
+
+def meta_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    meta_batch: int,
+    task_chunk: int | str = "auto",
+) -> MetaStep:
+    """One outer step: θ ← update(∇θ mean over tasks of objective(θ, task)); pure, not jitted.
+
+    Tasks are a pure function of (state.key, state.step): a resumed run draws what an uninterrupted one draws. The metrics are
+    the objective's own, the mean outer loss as `objective` and the 2-norm of the meta-gradient as `gradient_norm`.
+
+    Args:
+      meta_batch: tasks per meta-step.
+      task_chunk: tasks that are mapped together (vmap); the chunks run one after the other. "all", "auto", or a divisor
+        of meta_batch. A matter of execution: the gradient is the same up to rounding.
+
+    Raises:
+      ValueError: for a meta_batch below 1 or a chunk that does not divide it.
+    """
+    if meta_batch < 1:
+        raise ValueError(f"meta_batch={meta_batch}: give 1 task or more")
+    check_chunk(task_chunk, meta_batch)
+
+    def step(state: MetaState, sampler: Sampler) -> tuple[MetaState, Metrics]:
+        chunk = chunk_size(task_chunk, meta_batch, state.params)
+        tasks = sampler(keys_for(state.key, "meta_train/tasks", state.step, meta_batch))
+        keys = keys_for(state.key, "meta_train/objective", state.step, meta_batch)
+        grads, metrics = _mean_gradient(objective, state, tasks, keys, chunk)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = dict(metrics) | {"gradient_norm": optax.global_norm(grads)}
+        return MetaState(state.step + 1, state.key, params, opt_state), metrics
+
+    return step
+
+
+def check_chunk(task_chunk: int | str, count: int) -> None:
+    if task_chunk in ("auto", "all"):
+        return
+    if not isinstance(task_chunk, int) or task_chunk < 1 or count % task_chunk:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        raise ValueError(f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}")
+
+
+def chunk_size(task_chunk: int | str, count: int, params: Params) -> int:
+    """The number of tasks mapped together.
+
+    "auto" is one on CPU, where batched products and convolutions with a kernel per task are slow, except for networks so
+    small that the overhead of the loop weighs more; on GPU and TPU it is all.
+    """
+    if task_chunk == "auto":
+        size = sum(x.size for x in jax.tree.leaves(params))
+        return 1 if jax.default_backend() == "cpu" and size > 10_000 else count
+    return count if task_chunk == "all" else int(task_chunk)
+
+
+def _mean_gradient(
+    objective: Objective, state: MetaState, tasks: Task, keys: Key, chunk: int
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of the mean over tasks, a chunk at a time: memory is that of one chunk."""
+    over_tasks = jax.vmap(objective, (None, 0, 0, None))
+
+    def mean(params, tasks, keys):
+        if chunk == 1:
+            task, key = jax.tree.map(lambda x: x[0], (tasks, keys))
+            value, metrics = objective(params, task, key, state.step)
+        else:
+            result = over_tasks(params, tasks, keys, state.step)
+            value, metrics = jax.tree.map(lambda x: x.mean(0), result)
+        return value, dict(metrics) | {"objective": value}
+
+    gradient = jax.grad(mean, has_aux=True)
+    if chunk == len(keys):
+        return gradient(state.params, tasks, keys)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (tasks, keys))
+
+    def accumulate(total, one):
+        grads, metrics = gradient(state.params, *one)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    total, metrics = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), chunks)
+    count = len(keys) // chunk
+    return jax.tree.map(lambda x: x / count, total), jax.tree.map(lambda x: x.mean(0), metrics)
+
+
+class Window(NamedTuple):
+    """Sums of the metrics since the last log line. Part of what is saved, so that a resumed run logs the same means."""
+
+    count: jax.Array
+    sums: Metrics
+
+
+class Progress(NamedTuple):
+    """What `fit` carries and a checkpoint holds."""
+
+    state: MetaState
+    window: Window
+
+
+class NonFinite(ArithmeticError):
+    """The outer loss or its gradient is no number any more."""
+
+
+def begin(state: MetaState, step: MetaStep, sampler: Sampler) -> Progress:
+    """The progress of a run that has not started: an empty window for the metrics that `step` gives."""
+    _, metrics = jax.eval_shape(step, state, _as_argument(sampler))
+    return Progress(state, _empty(metrics))
+
+
+def fit(
+    progress: Progress,
+    step: MetaStep,
+    sampler: Sampler,
+    *,
+    steps: int,
+    log_every: int,
+    log: Callable[[int, Mapping[str, float]], None],
+    every: Sequence[tuple[int, Callable[[Progress], None]]] = (),
+    tick: Callable[[int], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+    dispatch_s: float = 1.0,
+) -> Progress:
+    """Run meta-steps until `steps` are done: one compiled loop, about `dispatch_s` seconds of work per dispatch.
+
+    How steps fall into dispatches changes no bit of the result. Metrics are means over the steps since the last log line,
+    logged after the first step, every `log_every` steps and at the end.
+
+    Args:
+      every: pairs (n, callback); the callback gets the progress after each n-th step (validation, checkpoints), in order.
+      tick: called with the number of steps done after each dispatch (a progress bar).
+      stop: asked after each dispatch; once it is true `fit` returns, with fewer steps done.
+
+    Raises:
+      ValueError: for a log_every below 1.
+      NonFinite: when the outer loss or its gradient is not finite; names the meta-step.
+    """
+    periods = [log_every, *(n for n, _ in every)]
+    if min(periods) < 1:
+        raise ValueError(f"log_every={log_every}, every={periods[1:]}: give 1 step or more")
+    advance, lengths, sampler = _compile(step), _Lengths(dispatch_s), _as_argument(sampler)
+    empty = _empty(progress.window.sums)
+    done = int(progress.state.step)
+    while done < steps and not stop():
+        boundary = min(steps, *(done - done % n + n for n in periods)) if done else 1
+        progress, finite = advance(progress, sampler, lengths.next(boundary - done))
+        done = int(jax.device_get(progress.state.step))
+        lengths.measure()
+        if not jax.device_get(finite):
+            raise NonFinite(f"the outer loss or its gradient is not finite at meta-step {done}")
+        tick(done)
+        if done == 1 or done % log_every == 0 or done == steps:
+            window = jax.device_get(progress.window)
+            log(done, {k: float(v) / int(window.count) for k, v in window.sums.items()})
+            if done == 1 or done % log_every == 0:  # the end may be extended by a resumed run
+                progress = progress._replace(window=empty)
+        for n, callback in every:
+            if done % n == 0:
+                callback(progress)
+    return progress
+
+
+def _compile(step: MetaStep):
+    """Jit of: run `length` meta-steps, or fewer where the metrics cease to be finite."""
+
+    def body(carry):
+        i, progress, _, sampler = carry
+        state, metrics = step(progress.state, sampler)
+        sums = jax.tree.map(jnp.add, progress.window.sums, metrics)
+        finite = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["gradient_norm"])
+        return i + 1, Progress(state, Window(progress.window.count + 1, sums)), finite, sampler
+
+    def advance(progress: Progress, sampler: Sampler, length):
+        carry = jnp.zeros_like(length), progress, jnp.array(True), sampler
+        _, progress, finite, _ = lax.while_loop(lambda c: (c[0] < length) & c[2], body, carry)
+        return progress, finite
+
+    return jax.jit(advance)
+
+
+def _as_argument(sampler: Sampler) -> Sampler:
+    """As a pytree, so that the arrays it holds are arguments of the program and not constants in it."""
+    return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
+
+
+def _empty(metrics: Metrics) -> Window:
+    return Window(jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, v.dtype) for k, v in metrics.items()})
+
+
+class _Lengths:
+    """Lengths of dispatches: powers of two, kept on the device, so that a steady run copies nothing to it."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.rate, self.arrays = seconds, 1.0, {}
+        self.start, self.length = time.monotonic(), 0
+
+    def next(self, most: int) -> jax.Array:
+        """The largest power of two within `most` and within the time of a dispatch."""
+        self.length = 1 << max(0, min(most, int(self.rate * self.seconds)).bit_length() - 1)
+        self.start = time.monotonic()
+        if self.length not in self.arrays:
+            self.arrays[self.length] = jax.device_put(np.int32(self.length))
+        return self.arrays[self.length]
+
+    def measure(self) -> None:
+        self.rate = self.length / max(time.monotonic() - self.start, 1e-9)
