@@ -96,7 +96,9 @@ def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
     """The sampler of a split; `sizes` (ways, shots, queries) replace those of the task where it has them."""
     node = {k: v for k, v in cfg.task.items() if k != "loss"}
     factory = instantiate(node, _convert_="all")
-    return factory(split=split, **{k: v for k, v in sizes.items() if k in cfg.task})
+    sizes = {k: v for k, v in sizes.items() if k in cfg.task}
+    # Called without Hydra's wrapper, which refuses results of type jax.tree_util.Partial.
+    return factory.func(*factory.args, **{**factory.keywords, **sizes, "split": split})
 
 
 def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[Apply, Params]:

@@ -1,4 +1,4 @@
-"""What lies in the directories of runs: read, and put together by configuration apart from the seed."""
+"""What lies in the directories of runs: read, and grouped by configuration apart from the seed."""
 
 import glob
 import json
@@ -15,6 +15,8 @@ from maml.loggers import read_json_lines
 from maml.metrics import Interval, interval
 
 NONE = "–"
+
+_ERRORS = (LookupError, TypeError, AttributeError, ValueError, YAMLError, OmegaConfBaseException)
 
 _IMMATERIAL = ("seed", "resume", "logger", "paper", "debug_nans", "task.data_dir", "task.cache_dir")
 _IMMATERIAL += ("trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
@@ -37,7 +39,7 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The runs of one configuration and protocol, one per seed, and the overrides that tell it apart."""
+    """Runs of one configuration and protocol, one per seed; labels: the overrides that differ."""
 
     name: str
     labels: dict[str, str]
@@ -45,12 +47,12 @@ class Row(NamedTuple):
 
 
 def find(patterns: Iterable[str]) -> list[Path]:
-    """The run directories below directories or globs; LookupError if one of these is not there."""
+    """The run directories below directories or globs; ValueError if one of these is not there."""
     found = set()
     for pattern in patterns:
         roots = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
         if not roots:
-            raise LookupError(f"{pattern}: no such run; give run or multirun directories")
+            raise ValueError(f"{pattern}: no such run; give run or multirun directories")
         for root in map(Path, roots):
             root = root if root.is_dir() else root.parent
             found |= {path.parent for path in root.rglob("summary.json")}
@@ -87,17 +89,12 @@ def load(directory: Path) -> Run:
         choices, overrides = _choices(directory), _overrides(directory)
         at = "the node `paper` of the config"
         source, paper = _paper_figures(config, choices)
-    except (LookupError, TypeError, AttributeError, ValueError, *_YAML_ERRORS) as error:
+    except _ERRORS as error:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
     settings = _flat(config) | {"seed": str(seed)}
     records = _records(directory)
-    return Run(
-        directory, summary, metrics, settings, choices, overrides, source, paper, records
-    )
-
-
-_YAML_ERRORS = (YAMLError, OmegaConfBaseException)
+    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, records)
 
 
 def _measured(value: dict[str, Any]) -> Interval:
@@ -126,7 +123,7 @@ def _records(directory: Path) -> list[dict[str, Any]]:
 
 
 def _paper_figures(config: dict[str, Any], choices: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """The source, and the figures by metric: those for every algorithm and those for the run's own."""
+    """The source, and the figures by metric: of `paper.metrics` and of the run's algorithm."""
     paper = config.get("paper") or {}
     algorithm = (config.get("algorithm") or {}).get("name", choices.get("algorithm"))
     own = (paper.get("figures") or {}).get(algorithm) or {}

@@ -16,7 +16,7 @@ BAD_INPUT = 2
 INTERRUPTED = 75
 """Exit codes: 2, the input was refused; 75 (EX_TEMPFAIL), stopped by a signal after saving: the same command continues."""
 
-_REFUSALS = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
+REFUSALS = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
 
 
 def run_program(hydra_main: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ def run_program(hydra_main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and the line below is ours
     try:
         return hydra_main()
-    except _REFUSALS as error:
+    except REFUSALS as error:
         refuse(error)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]

@@ -2,8 +2,8 @@
 
     python -m experiments.report outputs/2026-11-22/10-00-00 multirun/2026-11-22/sweep
 
-Runs that differ in nothing but the seed make one row, beside the paper's figure where the experiment
-names one. Writes report.md, report.csv and the curves as PNG; prints the table.
+Runs that differ in nothing but the seed make one row, beside the paper's figure where the
+experiment names one. Writes report.md, report.csv and the curves as PNG; prints the table.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import csv
 import datetime
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,18 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(report(arguments.runs, arguments.output, arguments.metric))
-    except (LookupError, OSError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
 
 def report(patterns: Sequence[str], output: Path, metrics: Sequence[str] | None = None) -> str:
     """Writes the report on the runs below `patterns` into `output`; returns its table and notes.
 
-    LookupError if there is no finished run, or if a metric is in none of them.
+    ValueError if there is no finished run, or if a metric is in none of them.
     """
     runs, unfinished, broken = load_all(find(patterns))
     if not runs:
-        raise LookupError("; ".join(["no finished run found", *unfinished, *broken]))
+        raise ValueError("; ".join(["no finished run found", *unfinished, *broken]))
     metrics = _known(metrics, runs) if metrics else _default_metrics(runs)
     rows, repeated = group(runs)
     notes = [*_protocol_notes(rows), *_configuration_notes(rows)]
@@ -61,12 +61,12 @@ def _known(metrics: Sequence[str], runs: Iterable[Run]) -> Sequence[str]:
     known = sorted({name for run in runs for name in run.metrics})
     for name in metrics:
         if name not in known:
-            raise LookupError(f"--metric {name}: in none of the runs; there are {', '.join(known)}")
+            raise ValueError(f"--metric {name}: in none of the runs; there are {', '.join(known)}")
     return metrics
 
 
 def _default_metrics(runs: Iterable[Run]) -> list[str]:
-    """What the papers name, and for a run without paper its loss and accuracy after the last step."""
+    """What the papers name; for a run without paper its loss and accuracy after the last step."""
     names = {}
     for run in runs:
         names |= dict.fromkeys(run.paper or _after_last_step(run.metrics))
@@ -102,7 +102,7 @@ def write_csv(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:
     kinds = ("", " ci95", " n", " over", " paper", " paper ci95")
     lines = []
     for row in rows:
-        cells = dict(row.labels)
+        cells: dict[str, Any] = dict(row.labels)
         for metric in metrics:
             ours, over = measured(row, metric) or (("", "", ""), "")
             paper = row.runs[0].paper.get(metric, ("", ""))
@@ -142,7 +142,7 @@ def _ours(value: tuple[Interval, str] | None) -> str:
     if value is None:
         return NONE
     (mean, ci95, n), over = value
-    if not ci95 or not math.isfinite(ci95):
+    if ci95 is None or not 1e-9 * abs(mean) < ci95 < math.inf:  # none, or equal but for rounding
         return f"{mean:.4g} ({n} {over})"
     decimals = max(0, 1 - math.floor(math.log10(ci95)))  # two digits of the interval
     return f"{mean:.{decimals}f} ± {ci95:.{decimals}f} ({n} {over})"
@@ -190,19 +190,56 @@ def _differences(told: dict[str, dict]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], output: Path, metrics: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Writes the learning curves and the curves over inner steps; yields each one's title and file."""
-    from maml import plots  # imports JAX: only when the table is done
+    """Writes the curves over meta-steps and over inner steps; yields each one's title and file."""
+    from maml import plots  # imports JAX, seconds: not where the command line is refused
 
-    logged = dict.fromkeys(name for row in rows for run in row.runs for record in run.records for name in record)
-    for name in logged:
+    for name in dict.fromkeys(
+        n for row in rows for run in row.runs for r in run.records for n in r
+    ):
         if name in metrics or name.endswith(("query/loss", "query/accuracy")):
-            curves = {row.name: _learning_curve(row, name) for row in rows}
-            curves = {label: curve for label, curve in curves.items() if curve[0]}
-            positive = all(np.nanmin(values) > 0 for _, values in curves.values())
-            figure = plots.learning_curves(curves, name, logy=positive and name.endswith("loss"))
-            yield name, _save(figure, output, name)
-    found = (_INNER_STEP.fullmatch(name) for row in rows for run in row.runs for name in run.metrics)
+            curves = _curves(rows, lambda row, name=name: _learning_curve(row, name))
+            logy = name.endswith("loss") and all(min(v, default=0) > 0 for _, v in curves.values())
+            yield name, _save(plots.learning_curves(curves, name, logy), output, name)
+    found = (_INNER_STEP.fullmatch(n) for row in rows for run in row.runs for n in run.metrics)
     for prefix, name in dict.fromkeys((match[1], match[3]) for match in found if match):
-        curves = {row.name: _step_curve(row, prefix, name) for row in rows}
-        curves = {label: curve for label, curve in curves.items() if len(curve[0])}
-        yield f"{prefix}/{name}", _save(plots.step_curve(curves, f"{prefix}/{name}"), output, f"{prefix}/steps/{name}")
+        curves = _curves(rows, lambda row, at=(prefix, name): _step_curve(row, *at))
+        title = f"{prefix}/steps/{name}"
+        yield title, _save(plots.step_curve(curves, f"{prefix}/{name}"), output, title)
+
+
+def _curves(rows: Iterable[Row], curve: Callable[[Row], tuple]) -> dict[str, tuple]:
+    seeds = [f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}" for row in rows]
+    curves = {f"{row.name} ({n})": curve(row) for row, n in zip(rows, seeds, strict=True)}
+    return {label: points for label, points in curves.items() if len(points[0])}
+
+
+def _learning_curve(row: Row, name: str) -> tuple[list[int], list[float]]:
+    """The mean over the row's seeds, at the steps that all of them logged."""
+    logged = [{r["step"]: r[name] for r in run.records if name in r} for run in row.runs]
+    steps = sorted(set.intersection(*map(set, logged)))
+    values = [[np.nan if one[step] is None else one[step] for one in logged] for step in steps]
+    return steps, [float(np.mean(seeds)) for seeds in values]
+
+
+def _step_curve(row: Row, prefix: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and half-widths after 0, 1, ... inner steps; NaN where nothing was measured."""
+    matches = [match for match in map(_INNER_STEP.fullmatch, row.runs[0].metrics) if match]
+    steps = [int(match[2]) for match in matches if (match[1], match[3]) == (prefix, name)]
+    means, half_widths = np.full((2, max(steps, default=-1) + 1), np.nan)
+    for step in steps:
+        if value := measured(row, f"{prefix}/step_{step}/{name}"):
+            mean, ci95, _ = value[0]
+            means[step], half_widths[step] = mean, np.nan if ci95 is None else ci95
+    return means, half_widths
+
+
+def _save(figure: Any, output: Path, title: str) -> str:
+    from maml import plots
+
+    file = re.sub(r"[^\w.-]+", "_", title) + ".png"
+    plots.save(figure, output / file)
+    return file
+
+
+if __name__ == "__main__":
+    main()

@@ -29,9 +29,9 @@ _MAY_CHANGE = ("resume", "logger", "evaluation", "paper", "debug_nans", "task.da
 """Keys that change no bit of the meta-parameters at a given step."""
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain data."""
-    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # pyright: ignore[reportReturnType]
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """The config as plain data; unresolved it keeps its interpolations, so that values can still be changed."""
+    return OmegaConf.to_container(cfg, resolve=resolve)  # pyright: ignore[reportReturnType]
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -80,7 +80,7 @@ def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress:
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
-    saved, now = flat(checkpoints.config() or plain(cfg)), flat(plain(cfg))
+    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (checkpoints.config() or cfg, cfg))
     keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
     if keys:
         changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)

@@ -42,7 +42,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             logger(step, metrics)
 
     def save(progress: train.Progress) -> None:
-        checkpoints.save(int(progress.state.step), progress, results.plain(cfg))
+        checkpoints.save(int(progress.state.step), progress, results.plain(cfg, resolve=False))
 
     def validate(progress: train.Progress) -> None:
         tasks = cfg.trainer.validation_tasks

@@ -42,7 +42,8 @@ class Console:
         last_step, last_time = self._since
         if step > last_step:  # not when a second set of metrics is logged at the same step
             now = time.perf_counter()
-            parts.append(f"({(step - last_step) / (now - last_time):.3g} steps/s)")
+            rate = (step - last_step) / (now - last_time)
+            parts.append(f"({rate:.0f} steps/s)" if rate >= 100 else f"({rate:.3g} steps/s)")
             self._since = step, now
         self._bar.write("  ".join(parts), file=sys.stderr)
         loss = metrics.get("meta_train/query/loss")
@@ -165,29 +166,32 @@ class TensorBoard:
             self._writer = None
 
     def _write(self, step: int, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         with _naming(self.path):
             if self._writer is None:
                 self._writer = self._open()
-            self._writer.write_event(Event(step=step, wall_time=time.time(), **fields))
+            self._writer.write_event(_event(step, **fields))
 
     def _open(self) -> Any:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         # File names have whole seconds: the step tells the files of a quick restart apart.
         writer = EventsWriter(str(self.path / "events"), f".{self._resume_step:012d}")
         # This event makes a viewer forget what older files hold from its step on.
         purge_step = self._resume_step + 1 if self._resume_step else 0
-        start = SessionLog(status=SessionLog.START)
-        writer.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
+        writer.write_event(_event(purge_step, session_log={"status": 1}))  # SessionLog.START
         return writer
 
     def _flush(self) -> None:
         if self._writer is not None:
             with _naming(self.path):
                 self._writer.flush()
+
+
+def _event(step: int, **fields: Any) -> Any:
+    from tensorboardX.proto import event_pb2
+
+    make: Any = vars(event_pb2)["Event"]  # generated, so a type checker cannot see it
+    return make(step=step, wall_time=time.time(), **fields)
 
 
 def _last_inner_steps(metrics: Metrics) -> dict[str, float]:

@@ -19,7 +19,7 @@ Figure = Any
 Points = Float[np.ndarray | Array, " points"]
 Shots = Float[np.ndarray | Array, " shots"]
 Steps = Float[np.ndarray | Array, " inner_steps"]
-Images = Shaped[np.ndarray | Array, "images height width channels"]
+Images = Shaped[np.ndarray | Array, "_ height width channels"]
 
 
 class Fit(NamedTuple):
@@ -66,8 +66,8 @@ def episode(
     """A classification task: a row per class, its shots to the left and its queries to the right.
 
     Images are in the order of their classes: `ways` times `shots`, and `ways` times `queries`.
-    `predictions` [ways*queries] are the classes predicted for the queries; the right ones are framed
-    in green, the wrong ones in red. ValueError if there are more or fewer images.
+    `predictions` [ways*queries] are the classes predicted for the queries; the right are framed in
+    green, the wrong in red. ValueError if there are more or fewer images.
     """
     for name, images, each in (("support", support, shots), ("query", query, queries)):
         if len(images) != ways * each:
@@ -167,12 +167,13 @@ def _span(support: Images, query: Images) -> tuple[float, float]:
 def _draw_mosaic(
     panel: Any, images: Images, ways: int, span: tuple[float, float], title: str
 ) -> None:
-    """Draws images [ways*each, h, w, c] as one of [ways*(h+1), each*(w+1), c]."""
+    """Draws images [ways*each, h, w, c] as one of [ways*(h+gap), each*(w+gap), c]."""
     low, high = span
     scaled = (np.asarray(images, np.float64) - low) / (high - low)
     if scaled.shape[-1] == 1:
         scaled = 1.0 - scaled.repeat(3, axis=-1)  # one channel is ink: dark on white
-    padded = np.pad(scaled, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=1.0)
+    gap = (0, _gap(scaled.shape[1]))
+    padded = np.pad(scaled, ((0, 0), gap, gap, (0, 0)), constant_values=1.0)
     _, height, width, channels = padded.shape
     rows = padded.reshape(ways, -1, height, width, channels).transpose(0, 2, 1, 3, 4)
     panel.imshow(rows.reshape(ways * height, -1, channels), interpolation="nearest")
@@ -180,11 +181,16 @@ def _draw_mosaic(
     panel.set_axis_off()
 
 
+def _gap(height: int) -> int:
+    return 1 + height // 10  # pixels between images, so that their frames do not overlap
+
+
 def _draw_frames(panel: Any, correct: np.ndarray, size: tuple[int, ...]) -> None:
     from matplotlib.patches import Rectangle
 
     height, width = size
+    gap = _gap(height)
     for (row, column), right in np.ndenumerate(correct):
-        corner = (column * (width + 1) - 0.5, row * (height + 1) - 0.5)
+        corner = (column * (width + gap) - 0.5, row * (height + gap) - 0.5)
         colour = "tab:green" if right else "tab:red"
         panel.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))

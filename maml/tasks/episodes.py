@@ -1,4 +1,4 @@
-"""N-way K-shot tasks from images grouped by class: drawn on the device, from keys, inside a compiled program."""
+"""N-way K-shot tasks from images grouped by class, drawn on the device from keys."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from maml.types import Key, Sampler, Task
 
 
 class ClassImages(NamedTuple):
-    """Images grouped by class: class i is `images[starts[i] : starts[i] + counts[i]]`; counts may differ."""
+    """Images by class: class i is images[starts[i] : starts[i] + counts[i]]; counts may differ."""
 
     images: UInt8[Array | np.ndarray, "total height width channels"]
     starts: Int[Array | np.ndarray, " classes"]
@@ -30,17 +30,19 @@ def episodes(
 ) -> Sampler:
     """Tasks of `ways` classes with `shots` support and `queries` query examples each.
 
-    Classes are drawn without replacement and labelled 0..ways-1 in random order; examples are drawn without replacement
-    within a class, so support and query share none. With `rotations="per_class"` each class of each task is turned by
-    its own multiple of 90°, so that two rotations of one character never meet (Finn et al. 2017, arXiv 1703.03400,
-    section 5.2 and its code). For rotations that are classes of their own see `rotated_classes`.
+    Classes are drawn without replacement and labelled 0..ways-1 in random order; examples are drawn
+    without replacement within a class, so support and query share none. With
+    `rotations="per_class"` each class of each task is turned by its own multiple of 90°, so that
+    two rotations of one character never meet (Finn et al. 2017, arXiv 1703.03400, section 5.2 and
+    its code). For rotations that are classes of their own see `rotated_classes`.
 
-    Inputs are float32 [tasks, ways·shots, height, width, channels] in [0, 1] (1 - x with `invert`), class by class;
-    targets int32 [tasks, ways·shots]; likewise ways·queries for the query set. The data are an argument of the sampler
-    (a `Partial`), not a constant of the program.
+    Inputs are float32 [tasks, ways·shots, height, width, channels] in [0, 1] (1 - x with `invert`),
+    class by class; targets int32 [tasks, ways·shots]; likewise ways·queries for the query set. The
+    data are an argument of the sampler (a `Partial`), not a constant of the program.
 
     Raises:
-      ValueError: for sizes below 1 or larger than the data, or rotations of images that are not square.
+      ValueError: for sizes below 1 or larger than the data, or rotations of images that are not
+        square.
     """
     _check_sizes(data, ways=ways, shots=shots, queries=queries)
     _check_rotations(data, rotations)
@@ -59,11 +61,13 @@ def episodes(
 
 
 def group(
-    images: UInt8[np.ndarray, "total height width channels"], labels: Int[np.ndarray, " total"]
+    images: UInt8[np.ndarray, "total height width channels"],
+    labels: Int[np.ndarray, " total"],
+    classes: int,
 ) -> ClassImages:
-    """Group labelled images by class; classes in the order of their labels, images of a class in the given order."""
+    """Images with labels 0..classes-1, by class; a class's images stay in the order given."""
     order = np.argsort(labels, kind="stable")
-    counts = np.unique(labels, return_counts=True)[1].astype(np.int32)
+    counts = np.bincount(labels, minlength=classes).astype(np.int32)
     starts = np.cumsum(counts, dtype=np.int32) - counts
     return ClassImages(images[order], starts, counts)
 
@@ -72,14 +76,16 @@ def select(data: ClassImages, classes: Int[np.ndarray, " chosen"]) -> ClassImage
     """The given classes (their indices), in that order."""
     spans = [np.arange(s, s + c) for s, c in zip(data.starts, data.counts, strict=True)]
     labels = np.repeat(np.arange(len(classes)), np.asarray(data.counts)[classes])
-    return group(np.asarray(data.images)[np.concatenate([spans[i] for i in classes])], labels)
+    return group(
+        np.asarray(data.images)[np.concatenate([spans[i] for i in classes])], labels, len(classes)
+    )
 
 
 def rotated_classes(data: ClassImages) -> ClassImages:
-    """Every class four times, turned by 0, 90, 180 and 270 degrees: class 4i + k is class i turned k times.
+    """Every class four times, turned by 0, 90, 180, 270 degrees: 4i + k is class i turned k times.
 
-    The rule of Vinyals et al. 2016 (arXiv 1606.04080), of prototypical networks and of Reptile: rotations of one
-    character are different classes, and may meet in one task.
+    The rule of Vinyals et al. 2016 (arXiv 1606.04080), of prototypical networks and of Reptile:
+    rotations of one character are different classes, and may meet in one task.
 
     Raises:
       ValueError: for images that are not square.
@@ -87,7 +93,9 @@ def rotated_classes(data: ClassImages) -> ClassImages:
     _check_rotations(data, "per_class")
     turned = [np.rot90(data.images, k, (1, 2)) for k in range(4)]
     labels = 4 * np.repeat(np.arange(len(data.counts)), data.counts)
-    return group(np.concatenate(turned), np.concatenate([labels + k for k in range(4)]))
+    return group(
+        np.concatenate(turned), np.concatenate([labels + k for k in range(4)]), 4 * len(data.counts)
+    )
 
 
 def _draw(data: ClassImages, ways: int, examples: int, key: Key) -> Int[Array, "ways examples"]:
@@ -95,7 +103,7 @@ def _draw(data: ClassImages, ways: int, examples: int, key: Key) -> Int[Array, "
     key_classes, key_examples = jax.random.split(key)
     left = data.starts.shape[0] - jnp.arange(ways)
     chosen = distinct(jax.random.randint(key_classes, (ways,), 0, left, jnp.int32))
-    left = data.counts[chosen][:, None] - jnp.arange(examples)
+    left = data.counts[chosen][:, None] - jnp.arange(examples)[None]
     offsets = jax.random.randint(key_examples, (ways, examples), 0, left, jnp.int32)
     return data.starts[chosen][:, None] + jax.vmap(distinct)(offsets)
 
@@ -103,8 +111,9 @@ def _draw(data: ClassImages, ways: int, examples: int, key: Key) -> Int[Array, "
 def distinct(offsets: Int[Array, " draws"]) -> Int[Array, " draws"]:
     """The first draws of a Fisher-Yates shuffle of 0..n-1, given offsets[i] uniform on 0..n-1-i.
 
-    All ordered choices of distinct numbers are equally likely. Only the places that the swaps touched are remembered,
-    so the cost does not depend on n (sorting random bits of 1,100 classes is a hundred times slower on a CPU).
+    All ordered choices of distinct numbers are equally likely. Only the places that the swaps
+    touched are remembered, so the cost does not depend on n (sorting random bits of 1,100 classes
+    is a hundred times slower on a CPU).
     """
     draws = jnp.arange(offsets.shape[0], dtype=jnp.int32)
 
@@ -127,7 +136,9 @@ def _turn(
 ) -> UInt8[Array, "ways examples side side channels"]:
     """Turn all images of class i counter-clockwise by 90° `turns[i]` times."""
     turns = turns.reshape(-1, 1, 1, 1, 1)
-    return jnp.select([turns == k for k in range(4)], [jnp.rot90(images, k, (2, 3)) for k in range(4)])
+    return jnp.select(
+        [turns == k for k in range(4)], [jnp.rot90(images, k, (2, 3)) for k in range(4)]
+    )
 
 
 def _batch(
@@ -143,15 +154,16 @@ def _check_sizes(data: ClassImages, **sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r}: give a whole number, 1 or more")
-    classes, smallest = len(data.counts), int(np.min(data.counts, initial=np.iinfo(np.int32).max))
+    classes = len(data.counts)
     if sizes["ways"] > classes:
         raise ValueError(
             f"ways={sizes['ways']}: this split has {classes} classes; give at most that many ways"
         )
+    smallest = int(np.min(data.counts))
     if sizes["shots"] + sizes["queries"] > smallest:
         raise ValueError(
-            f"shots={sizes['shots']} and queries={sizes['queries']}: the smallest of the {classes} classes has "
-            f"{smallest} examples and a task shows none twice; make shots + queries at most {smallest}"
+            f"shots={sizes['shots']}, queries={sizes['queries']}: the smallest of the {classes} "
+            f"classes has {smallest} examples; make shots + queries at most {smallest}"
         )
 
 
@@ -159,9 +171,11 @@ def _check_rotations(data: ClassImages, rotations: str) -> None:
     height, width = data.images.shape[1:3]
     if rotations not in ("none", "per_class"):
         raise ValueError(
-            f"rotations={rotations!r}: give 'none' or 'per_class' (rotated_classes(data) makes rotations classes)"
+            f"rotations={rotations!r}: give 'none', 'per_class', or for a data set 'classes' (for "
+            "arrays: rotated_classes(data))"
         )
     if rotations == "per_class" and height != width:
         raise ValueError(
-            f"rotations={rotations!r}: images of {height}x{width} are not square; resize them or give 'none'"
+            f"rotations={rotations!r}: images of {height}x{width} are not square; resize them, or "
+            "give 'none'"
         )

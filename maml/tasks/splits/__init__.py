@@ -1,6 +1,7 @@
 """Class splits: which classes are for meta-training, meta-validation and meta-test.
 
-The committed Omniglot lists are text files beside this one, in the format that a user's own file has too:
+The committed Omniglot lists are text files beside this one, in the format that a user's own file
+has too:
 
     # comment
     [meta_train]
@@ -11,15 +12,16 @@ The committed Omniglot lists are text files beside this one, in the format that 
     ...
 """
 
+import collections
 import csv
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 SHA256 = {
-    "finn": "",
-    "vinyals": "",
-    "lake": "",
+    "finn": "11d82aae5508d13cd341aa833d8f0584989aca5bada8f5c2b654bd3e10b12333",
+    "vinyals": "407bcdc964ff39d8fa3baaedaf27306d8a6898c10dbd4fb8d5a65bc20c6ec255",
+    "lake": "dc953a360618d154f5b33e9c477a8ff85761f60415ea02d89ad892797370765b",
 }
 """The digests of the committed lists (`omniglot_<name>.txt`), comments left out."""
 
@@ -37,8 +39,9 @@ class ClassSplit(NamedTuple):
 def read_split(class_split: str) -> ClassSplit:
     """A committed split by name, or a user's: a file as above, or a folder of lists.
 
-    A folder holds meta_train.txt, meta_valid.txt and meta_test.txt (one class a line), or the train.csv, val.csv and
-    test.csv of Ravi & Larochelle 2017 (columns filename,label; the labels are the classes).
+    A folder holds meta_train.txt, meta_valid.txt and meta_test.txt (one class a line), or the
+    train.csv, val.csv and test.csv of Ravi & Larochelle 2017 (columns filename,label; the labels
+    are the classes).
 
     Raises:
       FileNotFoundError: nothing there.
@@ -53,7 +56,8 @@ def read_split(class_split: str) -> ClassSplit:
         return _checked(_from_file(path), path)
     names = ", ".join(SHA256)
     raise FileNotFoundError(
-        f"class_split={class_split!r}: neither one of {names} nor a file or folder; give one of these"
+        f"class_split={class_split!r}: neither one of {names} nor a file or folder; give one of "
+        "these"
     )
 
 
@@ -61,7 +65,8 @@ def classes_of(class_split: str, split: str) -> tuple[str, ...]:
     """The classes of one part of a split, never empty.
 
     Raises:
-      ValueError: `split` is not one of meta_train, meta_valid, meta_test, or this class split has no such classes.
+      ValueError: `split` is not one of meta_train, meta_valid, meta_test, or this class split has
+        no such classes.
     """
     if split not in ClassSplit._fields:
         raise ValueError(f"split={split!r}: give one of {', '.join(ClassSplit._fields)}")
@@ -86,8 +91,9 @@ def _committed(name: str) -> ClassSplit:
     split = _checked(_from_file(path), path)
     if digest(split) != SHA256[name]:
         raise ValueError(
-            f"class_split={name!r}: {path} was changed (its sha256 is not the committed one), so results would not "
-            "compare; restore it, or keep your own list in another file and give its path"
+            f"class_split={name!r}: {path} was changed (its sha256 is not the committed one), so "
+            "results would not compare; restore it, or keep your own list in another file and "
+            "give its path"
         )
     return split
 
@@ -117,8 +123,9 @@ def _from_folder(folder: Path) -> ClassSplit:
             paths = [folder / file for file in files]
             return ClassSplit(*(tuple(read(path)) if path.is_file() else () for path in paths))
     raise FileNotFoundError(
-        f"class_split={str(folder)!r}: no lists of classes there; write meta_train.txt, meta_valid.txt and "
-        "meta_test.txt (one class a line), or put train.csv, val.csv and test.csv (filename,label) there"
+        f"class_split={str(folder)!r}: no lists of classes there; write meta_train.txt, "
+        "meta_valid.txt and meta_test.txt (one class a line), or put train.csv, val.csv and "
+        "test.csv (filename,label) there"
     )
 
 
@@ -132,17 +139,17 @@ def _labels(path: Path) -> list[str]:
         rows = csv.DictReader(file)
         if "label" not in (rows.fieldnames or ()):
             raise ValueError(
-                f"class_split={str(path)!r}: no column 'label'; its first line must be filename,label"
+                f"class_split={str(path)!r}: no column 'label'; its first line must be "
+                "filename,label"
             )
         return list(dict.fromkeys(row["label"] for row in rows))
 
 
 def _checked(split: ClassSplit, path: Path) -> ClassSplit:
-    names = [name for part in split for name in part]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) > len(set(names)) else []
-    if twice:
+    times = collections.Counter(name for part in split for name in part)
+    if twice := sorted(name for name, count in times.items() if count > 1):
         raise ValueError(
-            f"class_split={str(path)!r}: {twice[0]!r} is listed twice ({len(twice)} such classes), but a class "
-            "belongs to one split; remove it from the others"
+            f"class_split={str(path)!r}: {twice[0]!r} is listed twice ({len(twice)} such classes), "
+            "but a class belongs to one split; remove it from the others"
         )
     return split

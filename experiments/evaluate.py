@@ -1,0 +1,83 @@
+"""Evaluate a run again, under another protocol.
+
+    python -m experiments.evaluate RUN_DIRECTORY [evaluation=NAME] [evaluation.KEY=VALUE ...] [task.data_dir=DIR]
+
+The newest checkpoint of the run is evaluated under the run's own config with these changes; prints the numbers and writes
+them to RUN_DIRECTORY/evaluations/<protocol hash>.json.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import build, results
+from experiments.program import REFUSALS, refuse
+from maml import train
+from maml.checkpoint import Checkpoints
+
+CONF = Path(__file__).parents[1] / "conf"
+ALLOWED = ("evaluation.", "task.data_dir")
+
+
+def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config with the overrides applied: a protocol by name, single values of it, another place of the data.
+
+    Raises:
+      ValueError: for an unknown protocol or key, and for keys that would change what was trained.
+    """
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if key == "evaluation":
+            path = CONF / "evaluation" / f"{value}.yaml"
+            if not path.exists():
+                names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+                raise ValueError(f"evaluation={value}: no such protocol; there are {names}")
+            cfg.evaluation = OmegaConf.load(path)
+        elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
+            raise ValueError(f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, or task.data_dir=DIR")
+        else:
+            OmegaConf.update(cfg, key, yaml.safe_load(value))
+    cfg.evaluation = OmegaConf.merge(OmegaConf.structured(build.Evaluation), cfg.evaluation)
+    return cfg
+
+
+def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
+    """The numbers of the newest checkpoint of a run, as in `summary.json`.
+
+    Raises:
+      ValueError: for a directory without checkpoint or overrides that are refused.
+    """
+    start = time.monotonic()
+    checkpoints = Checkpoints(directory / "checkpoints")
+    config = checkpoints.config()
+    if config is None:
+        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
+    cfg = changed(OmegaConf.create(dict(config)), overrides)
+    learner = build.learner(cfg)
+    progress = train.begin(learner.state, learner.step, learner.sampler)
+    step, progress = checkpoints.restore(progress) or (0, progress)
+    protocol, metrics = build.measure(cfg, learner, progress.state.params)
+    summary = results.summarize(cfg, protocol, metrics, progress.state.params, time.monotonic() - start)
+    return summary | {"step": step}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    try:
+        directory = Path(sys.argv[1].removeprefix("run=")).expanduser()
+        summary = evaluate_run(directory, sys.argv[2:])
+        (directory / "evaluations").mkdir(exist_ok=True)
+        results.save(directory / "evaluations" / f"{summary['protocol_hash']}.json", summary)
+    except REFUSALS as error:
+        refuse(error)
+    print(results.table(summary))
+
+
+if __name__ == "__main__":
+    main()

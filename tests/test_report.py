@@ -1,0 +1,300 @@
+"""The report: its numbers against hand-computed ones, and nothing lost in silence."""
+
+import csv
+import json
+import math
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from experiments import report
+
+STEP_0, STEP_1 = "meta_test/step_0/accuracy", "meta_test/step_1/accuracy"
+CONFIG = {"algorithm": {"name": "maml", "steps": 1}, "trainer": {"steps": 200, "log_every": 100}}
+FIGURES = {"maml": {STEP_1: [0.987, 0.004]}, "fomaml": {STEP_1: {"mean": 0.97}}}
+PAPER = {"source": "Finn et al. 2017, Table 1", "figures": FIGURES}
+PROTOCOL = {"protocol": {"tasks": 600, "queries": 15}, "protocol_hash": "aaaa"}
+
+
+def make_run(
+    directory, seed=0, accuracy=0.9, ci95=0.01, overrides=(), choices=None, config=None, **summary
+):
+    """A run directory as the run program and Hydra leave it."""
+    hydra = directory / ".hydra"
+    hydra.mkdir(parents=True)
+    config = CONFIG | {"seed": seed, "paper": PAPER} | (config or {})
+    choices = {"hydra": {"runtime": {"choices": choices or {"algorithm": "maml", "debug": None}}}}
+    (hydra / "config.yaml").write_text(yaml.safe_dump(config))
+    (hydra / "overrides.yaml").write_text(yaml.safe_dump([*overrides, f"seed={seed}"]))
+    (hydra / "hydra.yaml").write_text(yaml.safe_dump(choices))
+    metrics = {
+        STEP_0: {"mean": 0.2, "ci95": 0.02, "n": 600},
+        STEP_1: {"mean": accuracy, "ci95": ci95, "n": 600},
+        "meta_test/step_1/loss": {"mean": 1 - accuracy, "ci95": None, "n": 1},
+    }
+    default = {"metrics": metrics, "seed": seed, "device": "1 × cpu", "wall_time_s": 90.0}
+    (directory / "summary.json").write_text(json.dumps(default | PROTOCOL | summary))
+    lines = [{"step": k, "meta_train/query/loss": accuracy / k} for k in (100, 200)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def made(tmp_path, *paths, metrics=None):
+    """The report's text, its rows by column from the Markdown, and those from the CSV file."""
+    output = tmp_path / "report"
+    text = report.report([str(path) for path in paths or [tmp_path / "runs"]], output, metrics)
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    with (output / "report.csv").open(newline="", encoding="utf-8") as file:
+        return text, rows, list(csv.DictReader(file))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """MAML with three seeds and FOMAML with one."""
+    for seed, accuracy in enumerate((0.96, 0.98, 0.97)):
+        make_run(tmp_path / f"runs/maml{seed}", seed, accuracy, wall_time_s=60.0 * (seed + 1))
+    config, choices = {"algorithm": {"name": "fomaml", "steps": 1}}, {"algorithm": "fomaml"}
+    directory, overrides = tmp_path / "runs/sweep/9", ["algorithm=fomaml"]
+    make_run(directory, 0, 0.9512, 0.0123, overrides, choices, config)
+    return tmp_path
+
+
+def test_mean_and_student_interval_over_three_seeds(sweep):
+    _, (maml, fomaml), (csv_maml, csv_fomaml) = made(sweep)
+    # mean 0.97, s = 0.01, t(0.975, 2) = 4.302653, half-width 4.302653 * 0.01 / sqrt(3) = 0.0248414
+    assert maml[STEP_1] == "0.970 ± 0.025 (3 seeds)"
+    assert float(csv_maml[STEP_1]) == pytest.approx(0.97, abs=1e-12)
+    assert float(csv_maml[f"{STEP_1} ci95"]) == pytest.approx(0.0248414, abs=1e-7)
+    assert (csv_maml[f"{STEP_1} n"], csv_maml[f"{STEP_1} over"]) == ("3", "seeds")
+    assert fomaml[STEP_1] == "0.951 ± 0.012 (600 tasks)"  # one seed: the summary's own
+    assert (csv_fomaml[f"{STEP_1} ci95"], csv_fomaml[f"{STEP_1} over"]) == ("0.0123", "tasks")
+
+
+def test_columns_of_identity_and_cost(sweep):
+    _, (maml, fomaml), (csv_maml, _) = made(sweep)
+    assert [maml["algorithm"], fomaml["algorithm"]] == ["maml", "fomaml"]
+    assert maml["seeds"] == "0, 1, 2"
+    assert [maml[name] for name in ("steps", "device", "protocol")] == ["200", "1 × cpu", "aaaa"]
+    assert maml["wall time"] == "0:02:00"  # the mean of 1, 2 and 3 minutes
+    assert float(csv_maml["wall_time_s"]) == 120.0
+    assert csv_maml["directories"].split() == [str(sweep / f"runs/maml{seed}") for seed in range(3)]
+
+
+def test_the_papers_figure_is_that_of_the_runs_algorithm(sweep):
+    _, (maml, fomaml), (csv_maml, csv_fomaml) = made(sweep)
+    assert maml[f"paper: {STEP_1}"] == "0.987 ± 0.004"
+    assert fomaml[f"paper: {STEP_1}"] == "0.97"
+    assert maml["source"] == "Finn et al. 2017, Table 1"
+    assert (csv_maml[f"{STEP_1} paper"], csv_maml[f"{STEP_1} paper ci95"]) == ("0.987", "0.004")
+    assert (csv_fomaml[f"{STEP_1} paper"], csv_fomaml[f"{STEP_1} paper ci95"]) == ("0.97", "")
+    assert STEP_0 not in maml  # the paper does not name it
+
+
+def test_figures_for_every_algorithm_and_none_for_others(tmp_path):
+    metrics, figures = {STEP_0: {"mean": 0.5, "ci95": 0.1}}, {"x": {STEP_1: 1}}
+    paper = {"source": "A", "metrics": metrics, "figures": figures}
+    make_run(tmp_path / "runs/0", config={"paper": paper})
+    make_run(tmp_path / "runs/1", overrides=["a=1"], config={"paper": None, "a": 1})
+    _, (first, second), _ = made(tmp_path)
+    assert first[f"paper: {STEP_0}"] == "0.5 ± 0.1"
+    assert second[f"paper: {STEP_0}"] == "–"
+    assert second["source"] == "–"
+    assert [first["a"], second["a"]] == ["–", "1"]
+
+
+def test_without_paper_the_metrics_after_the_last_step(tmp_path):
+    make_run(tmp_path / "runs/0", config={"paper": None})
+    path = tmp_path / "runs/0/summary.json"
+    summary = json.loads(path.read_text())
+    summary["metrics"]["meta_test/step_10/loss"] = {"mean": None, "ci95": None, "n": 600}
+    path.write_text(json.dumps(summary))
+    _, (row,), _ = made(tmp_path)
+    assert row["meta_test/step_10/loss"] == "nan (600 tasks)"  # 10 comes after 1, and null is NaN
+    assert row[STEP_1] == "0.900 ± 0.010 (600 tasks)"
+    assert STEP_0 not in row
+    assert not [name for name in row if name.startswith("paper")]
+
+
+def test_chosen_metrics(sweep):
+    _, (maml, _), _ = made(sweep, metrics=[STEP_0])
+    assert maml[STEP_0] == "0.2 (3 seeds)"
+    assert STEP_1 not in maml
+    with pytest.raises(ValueError, match="--metric typo: in none of the runs; there are .*step_0"):
+        made(sweep, metrics=["typo"])
+
+
+def test_only_overrides_that_differ_are_columns(tmp_path):
+    for steps in (1, 5):
+        config = {"algorithm": {"name": "maml", "steps": steps}, "model": {"width": 64}}
+        overrides = [f"algorithm.steps={steps}", "+model.width=64", "logger=quiet"]
+        make_run(tmp_path / f"runs/{steps}", overrides=overrides, config=config)
+    make_run(tmp_path / "runs/default", seed=1, config={"model": {"width": 64}})
+    _, rows, _ = made(tmp_path)
+    assert [row["algorithm.steps"] for row in rows] == ["1", "5"]  # the default is 1: another seed
+    assert [row["seeds"] for row in rows] == ["0, 1", "0"]
+    assert not {"model.width", "seed"} & set(rows[0])
+
+
+def test_repeated_seed_is_no_second_value(tmp_path):
+    for name, accuracy in (("10", 0.8), ("9", 0.7)):
+        make_run(tmp_path / "runs" / name, accuracy=accuracy)
+    text, (row,), _ = made(tmp_path)
+    assert row[STEP_1] == "0.800 ± 0.010 (600 tasks)"  # 10 is later than 9
+    assert f"- {tmp_path / 'runs/9'}" in text.split("Left out")[1]
+
+
+def test_different_protocols_are_not_averaged_and_warned_of(tmp_path):
+    make_run(tmp_path / "runs/0", seed=0)
+    other = {"tasks": 600, "queries": 1}
+    make_run(tmp_path / "runs/1", seed=1, protocol=other, protocol_hash="bbbb")
+    text, rows, _ = made(tmp_path)
+    assert [row["protocol"] for row in rows] == ["aaaa", "bbbb"]
+    assert "Warning: rows of different protocols" in text
+    assert "- queries: 15 (aaaa), 1 (bbbb)" in text
+    assert "tasks: 600" not in text
+    alone, _, _ = made(tmp_path, tmp_path / "runs/0")
+    assert "Warning" not in alone
+
+
+def test_rows_that_only_a_default_tells_apart_are_explained(tmp_path):
+    make_run(tmp_path / "runs/0", seed=0)
+    make_run(tmp_path / "runs/1", seed=1, config={"algorithm": {"name": "maml", "steps": 5}})
+    text, rows, _ = made(tmp_path)
+    assert len(rows) == 2
+    assert f"- algorithm.steps: 1 ({tmp_path / 'runs/0'}), 5 ({tmp_path / 'runs/1'})" in text
+
+
+def test_what_changes_no_number_does_not_split_a_row(tmp_path):
+    make_run(tmp_path / "runs/0", seed=0, config={"logger": {"a": 1}, "resume": None})
+    make_run(tmp_path / "runs/1", seed=1, config={"logger": {"b": 2}, "resume": "runs/0"})
+    _, (row,), _ = made(tmp_path)
+    assert row["seeds"] == "0, 1"
+
+
+def test_resolved_config_of_the_summary_goes_before_hydras(tmp_path):
+    make_run(tmp_path / "runs/0", config={"trainer": {"steps": "${missing}"}})
+    assert made(tmp_path)[1][0]["steps"] == "${missing}"
+    path = tmp_path / "runs/0/summary.json"
+    summary = json.loads(path.read_text()) | {"config": {"trainer": {"steps": 7}}}
+    path.write_text(json.dumps(summary))
+    assert made(tmp_path)[1][0]["steps"] == "7"
+
+
+def test_unfinished_runs_are_listed(sweep):
+    (sweep / "runs/maml1/summary.json").unlink()
+    with (sweep / "runs/maml1/metrics.jsonl").open("a") as file:
+        file.write('{"step": 300, "me')  # killed here
+    text, (maml, _), _ = made(sweep)
+    assert maml["seeds"] == "0, 2"
+    line = f"- {sweep / 'runs/maml1'}: no summary.json, last logged step 200"
+    assert line in text.split("**Unfinished:**")[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("summary.json", '{"metrics": {', "summary.json: Expecting"),
+        ("summary.json", '{"seed": 0}', "summary.json: lacks 'metrics'"),
+        ("summary.json", '{"metrics": {"a": 1}, "seed": 0}', "summary.json: 'int' object"),
+        ("summary.json", "[]", "summary.json: list indices"),
+        (".hydra/config.yaml", "a: [", ".hydra: while parsing"),
+        (".hydra/config.yaml", "paper: 3", "the node `paper` of the config: 'int' object"),
+        ("metrics.jsonl", 'rubbish\n{"step": 1}\n', "metrics.jsonl, line 1"),
+    ],
+)
+def test_broken_runs_are_named(sweep, file, content, named):
+    (sweep / "runs/maml1" / file).write_text(content)
+    text, (maml, _), _ = made(sweep)
+    assert maml["seeds"] == "0, 2"
+    (line,) = text.split("**Broken:**")[1].strip().splitlines()
+    assert line.startswith(f"- {sweep / 'runs/maml1'}: ")
+    assert named in line
+
+
+def test_globs_and_runs_given_twice(sweep):
+    runs = sweep / "runs"
+    _, rows, _ = made(sweep, runs / "maml*", runs / "maml0", runs / "maml0/summary.json")
+    assert [row["seeds"] for row in rows] == ["0, 1, 2"]
+
+
+def test_curves_are_drawn(sweep, monkeypatch):
+    from maml import plots
+
+    drawn, (learning_curves, step_curve) = {}, (plots.learning_curves, plots.step_curve)
+
+    def record(draw):
+        return lambda curves, label, *rest: draw(drawn.setdefault(label, curves), label, *rest)
+
+    monkeypatch.setattr(plots, "learning_curves", record(learning_curves))
+    monkeypatch.setattr(plots, "step_curve", record(step_curve))
+    made(sweep)
+    learning = drawn["meta_train/query/loss"]
+    assert list(learning) == ["algorithm=maml (3 seeds)", "algorithm=fomaml (1 seed)"]
+    steps, values = learning["algorithm=maml (3 seeds)"]
+    assert steps == [100, 200]
+    assert values == pytest.approx([0.97 / 100, 0.97 / 200])
+    means, half_widths = drawn["meta_test/accuracy"]["algorithm=maml (3 seeds)"]
+    assert means == pytest.approx([0.2, 0.97])
+    assert half_widths == pytest.approx([0.0, 0.0248414], abs=1e-7)
+    assert math.isnan(drawn["meta_test/loss"]["algorithm=fomaml (1 seed)"][0][0])
+    text = (sweep / "report/report.md").read_text()
+    for name in ("meta_train_query_loss", "meta_test_steps_accuracy", "meta_test_steps_loss"):
+        assert f"({name}.png)" in text
+        with Image.open(sweep / f"report/{name}.png") as image:
+            assert image.width > 700
+            assert len(set(image.convert("L").tobytes())) > 10
+
+
+def test_learning_curve_of_steps_that_all_seeds_logged_and_null(tmp_path):
+    make_run(tmp_path / "runs/0", seed=0)
+    make_run(tmp_path / "runs/1", seed=1)
+    logged = {200: None, 300: 1.0}
+    lines = [{"step": step, "meta_train/query/loss": value} for step, value in logged.items()]
+    lines = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "runs/1/metrics.jsonl").write_text(lines)
+    runs, _, _ = report.load_all(report.find([str(tmp_path / "runs")]))
+    (row,), _ = report.group(runs)
+    steps, values = report._learning_curve(row, "meta_train/query/loss")
+    assert steps == [200]
+    assert math.isnan(values[0])
+    made(tmp_path)  # and NaN is drawn without complaint
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    def call(*arguments):
+        arguments = ["report", *arguments, "--output", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        try:
+            report.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_command_prints_the_table_that_it_writes(sweep, command):
+    code, out, err = command(sweep / "runs", "--metric", STEP_0, "--metric", STEP_1)
+    assert (code, err) == (0, "")
+    assert (sweep / "out/report.md").read_text().startswith(out.strip())
+    assert STEP_0 in out
+    assert (sweep / "out/report.csv").exists()
+
+
+def test_no_runs_is_one_line_and_code_2(tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    assert command(tmp_path / "empty") == (2, "", "error: no finished run found\n")
+    code, _, err = command(tmp_path / "nowhere*")
+    assert code == 2
+    assert err == f"error: {tmp_path / 'nowhere*'}: no such run; give run or multirun directories\n"
+    make_run(tmp_path / "runs/0")
+    (tmp_path / "runs/0/summary.json").unlink()
+    code, _, err = command(tmp_path / "runs")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no finished run found; " in err
+    assert "last logged step 200" in err
+    assert not (tmp_path / "out").exists()
