@@ -410,7 +410,7 @@ def test_folder_arguments_that_do_not_fit_are_refused(folder):
 
 
 def factory(name, **changes):
-    """What a configuration names, called as it is: Hydra's own partial refuses to return a Partial."""
+    """What a configuration names, without Hydra's own partial: that refuses to return a Partial."""
     conf = OmegaConf.load(ROOT / "conf" / "task" / f"{name}.yaml")
     node = OmegaConf.to_container(OmegaConf.merge(conf, changes), resolve=True)
     assert node.pop("_partial_")
