@@ -5,7 +5,7 @@ execution and never of mathematics, so no signature here has a batch-of-tasks ax
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PyTree
@@ -60,12 +60,14 @@ class Conditioned(NamedTuple):
     reference: PyTree
 
 
+@runtime_checkable
 class Apply(Protocol):
     """A pure forward function: (params, inputs [batch, ...]) -> outputs [batch, ...]."""
 
     def __call__(self, params: Params, inputs: Any, /) -> Any: ...
 
 
+@runtime_checkable
 class Loss(Protocol):
     """The learner's problem on one batch.
 
@@ -78,12 +80,14 @@ class Loss(Protocol):
     ) -> tuple[Float[Array, ""], Metrics]: ...
 
 
+@runtime_checkable
 class Adapt(Protocol):
     """The inner loop, for one task."""
 
     def __call__(self, loss: Loss, params: Params, support: Batch, key: Key, /) -> Adapted: ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """The outer problem, for one task. `step` is the meta-step, for objectives that anneal."""
 
@@ -92,6 +96,7 @@ class Objective(Protocol):
     ) -> tuple[Float[Array, ""], Metrics]: ...
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Keys [tasks] to a `Task` whose leaves have the leading axis [tasks]; pure and jittable.
 

@@ -1,6 +1,7 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -23,8 +24,7 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params, inputs):
-        # A copy of the state, whose variables belong to the trace at hand: batch norm writes to them.
-        state = jax.tree.map(lambda x: x, rest)
+        state = _fresh(rest, params)
         if not isinstance(params, Conditioned):
             return nnx.merge(graphdef, params, state)(inputs)
         model = nnx.merge(graphdef, params.params, state)
@@ -34,3 +34,13 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
         return lax.map(lambda x: nnx.merge(settled, state)(x[None])[0], inputs)
 
     return apply, params
+
+
+def _fresh(state: Params, params: Params) -> Params:
+    """A copy whose variables belong to the trace at hand, as wide as the parameters: batch norm writes to them."""
+    width = jnp.result_type(*jax.tree.leaves(params))
+
+    def copy(x):
+        return x.astype(jnp.promote_types(x.dtype, width)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(copy, state)

@@ -121,20 +121,21 @@ def distinct(offsets: Int[Array, " draws"]) -> Int[Array, " draws"]:
         places, values, drawn = state
 
         def value_at(place):  # the last value swapped to this place, or the place itself
-            last = jnp.max(jnp.where((places == place) & (draws < i), draws + 1, 0))
+            last = jnp.max(jnp.where(places == place, draws + 1, 0))
             return jnp.where(last > 0, values[last - 1], place)
 
         place = i + offsets[i]
         drawn = drawn.at[i].set(value_at(place))
         return places.at[i].set(place), values.at[i].set(value_at(i)), drawn
 
-    return lax.fori_loop(0, offsets.shape[0], step, (jnp.zeros_like(draws),) * 3)[2]
+    nowhere = jnp.full_like(draws, -1)
+    return lax.fori_loop(0, offsets.shape[0], step, (nowhere, draws, draws))[2]
 
 
 def _turn(
     images: UInt8[Array, "ways examples side side channels"], turns: Int[Array, " ways"]
 ) -> UInt8[Array, "ways examples side side channels"]:
-    """Turn all images of class i counter-clockwise by 90° `turns[i]` times."""
+    """Turn all images of class i by 90° `turns[i]` times."""
     turns = turns.reshape(-1, 1, 1, 1, 1)
     return jnp.select(
         [turns == k for k in range(4)], [jnp.rot90(images, k, (2, 3)) for k in range(4)]

@@ -1,0 +1,238 @@
+"""The inner loop against optax run by hand, closed forms, and central differences in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from maml.derivatives import first_order, reverse
+from maml.inner_loop import only, unroll
+from maml.losses import cross_entropy, mse
+from maml.models import MLP, Conv4, functional
+from maml.objectives import query_loss
+from maml.types import Task
+from tests.helpers import (
+    central_difference,
+    closed_form,
+    dot,
+    gradient_descent,
+    quadratic_loss,
+    quadratics,
+    random_like,
+)
+from tests.helpers import Quadratic
+
+KEY = jax.random.key(0)
+
+
+def meta_gradient(adapt, loss, params, tasks):
+    objective = query_loss(loss, adapt)
+    keys = jax.random.split(KEY, len(jax.tree.leaves(tasks)[0]))
+
+    def mean(params):
+        return jax.vmap(objective, (None, 0, 0, None))(params, tasks, keys, 0)[0].mean()
+
+    return jax.jit(jax.grad(mean))(params)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_gradient_descent_on_a_quadratic_is_its_closed_form(steps):
+    tasks = quadratics(seed=0)
+    support = jax.tree.map(lambda x: x[0], tasks.support)
+    start = jnp.arange(4.0)
+    adapted = unroll(optax.sgd(0.3), steps)(quadratic_loss, start, support, KEY)
+    expected = [
+        gradient_descent(Quadratic(*map(np.asarray, support)), np.arange(4.0), 0.3, k)[0]
+        for k in range(steps + 1)
+    ]
+    np.testing.assert_allclose(adapted.params, expected[-1], atol=1e-12)
+    np.testing.assert_allclose(adapted.trace.params, np.array(expected[1:]).reshape(steps, 4), atol=1e-12)
+    losses = [quadratic_loss(jnp.asarray(p), support, KEY)[0] for p in expected[:-1]]
+    np.testing.assert_allclose(adapted.trace.metrics["loss"], np.array(losses), atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("derivative", [reverse, first_order])
+def test_meta_gradient_on_quadratics_is_its_closed_form(steps, derivative):
+    tasks, start = quadratics(seed=1), np.linspace(-1, 2, 4)
+    ours = meta_gradient(unroll(optax.sgd(0.3), steps, derivative), quadratic_loss, jnp.asarray(start), tasks)
+    expected = closed_form(tasks, start, 0.3, steps, derivative is first_order)
+    np.testing.assert_allclose(ours, expected, atol=1e-10)
+    other = closed_form(tasks, start, 0.3, steps, derivative is not first_order)
+    assert np.abs(ours - other).max() > 1e-2  # the choice is not inert
+
+
+@pytest.mark.usefixtures("x64")
+def test_taylor_coefficients_of_maml_and_fomaml():
+    """Two inner steps: in (average gradient, inner-product gradient) MAML is (1, -2α), FOMAML (1, -α).
+
+    Nichol et al. 2018 (arXiv 1803.02999), section 5.1, with the same batch thrice: g - ...αHg is exact to first order.
+    """
+    curvature, center = quadratics(seed=2).support
+    batch = (curvature[0], center[0])
+    tasks = jax.tree.map(lambda x: x[None], Task(batch, batch))
+    start, alpha = jnp.linspace(-1.0, 1.0, 4), 1e-5
+    gradient = np.asarray(curvature[0] @ (start - center[0]))
+    product = np.asarray(curvature[0]) @ gradient  # gradient of ½ g·g
+    for derivative, coefficient in ((reverse, -4.0), (first_order, -2.0)):
+        ours = meta_gradient(unroll(optax.sgd(alpha), 2, derivative), quadratic_loss, start, tasks)
+        # The gradient of g·g is 2Hg: MAML -2α·2Hg, FOMAML -α·2Hg.
+        np.testing.assert_allclose((ours - gradient) / alpha, coefficient * product, rtol=1e-3)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+    "rmsprop": lambda: optax.rmsprop(0.1),
+    "adagrad": lambda: optax.adagrad(0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_trajectory_is_that_of_optax(name):
+    optimizer = OPTIMIZERS[name]()
+    apply, params = functional(MLP((1,), 1, hidden=(8,), kernel_init=nnx.initializers.normal(0.5), rngs=nnx.Rngs(0)))
+    loss = mse(apply)
+    batch = (jnp.linspace(-1, 1, 5)[:, None], jnp.linspace(1, 2, 5)[:, None])
+    adapted = unroll(optimizer, 4)(loss, params, batch, KEY)
+    state = optimizer.init(params)
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    for i in range(4):
+        grads = gradient(params, batch, KEY)[0]
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        at = jax.tree.map(lambda x, i=i: x[i], adapted.trace.params)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-7), at, params)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_has_a_finite_meta_gradient_at_zero_gradient(name):
+    def flat_loss(params, batch, key):
+        del key
+        value = 0.0 * params["a"].sum() + (params["b"] * batch).sum()
+        return value, {"loss": value}
+
+    params = {"a": jnp.ones(3), "b": jnp.zeros(3)}
+    zero = Task(jnp.zeros((1, 3)), jnp.ones((1, 3)))
+    grads = meta_gradient(unroll(OPTIMIZERS[name](), 3), flat_loss, params, zero)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def image_task(seed: int, ways: int = 3, size: int = 16):
+    generator = np.random.default_rng(seed)
+    inputs = generator.uniform(size=(1, 2 * ways, size, size, 1))
+    labels = np.tile(np.arange(ways), 2)[None]
+    side = (jnp.asarray(inputs), jnp.asarray(labels))
+    return Task(side, jax.tree.map(lambda x: x[:, ::-1], (side[0] ** 2, side[1])))
+
+
+def batch_norm(**kwargs):
+    return partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3, **kwargs)
+
+
+def small(initialiser=nnx.initializers.glorot_uniform()):
+    return {"kernel_init": initialiser, "rngs": nnx.Rngs(3)}
+
+
+def smooth(x):
+    return nnx.softplus(4 * x) / 4
+
+
+MODELS = {
+    "mlp": lambda: MLP((16, 16, 1), 3, hidden=(6, 5), norm=batch_norm(), **small()),
+    "conv_stride_mean": lambda: Conv4((16, 16, 1), 3, filters=4, norm=batch_norm(), **small()),
+    "conv_max_flatten": lambda: Conv4(
+        (16, 16, 1), 3, filters=4, pool="max", head="flatten", norm=partial(nnx.BatchNorm, epsilon=1e-3), **small()
+    ),
+    "conv_smooth": lambda: Conv4((16, 16, 1), 3, filters=4, norm=batch_norm(), activation=smooth, **small()),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("model", MODELS)
+def test_meta_gradient_of_networks_is_the_central_difference(model, optimizer):
+    """Kinks: a difference of 1e-6 over ReLU and max crosses none of them at these seeds, or the test would fail."""
+    apply, params = functional(MODELS[model]())
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    make = {
+        "sgd": optax.sgd(0.1),
+        "momentum": optax.sgd(0.1, momentum=0.9),
+        "adam": optax.adam(0.01, eps=1e-3),
+    }
+    adapt = unroll(make[optimizer], 2)
+    task = image_task(seed=5)
+    loss = cross_entropy(apply)
+    grads = meta_gradient(adapt, loss, params, task)
+    direction = random_like(6, params)
+    one = jax.tree.map(lambda x: x[0], task)
+
+    def value(params):
+        return query_loss(loss, adapt)(params, one, jax.random.split(KEY, 1)[0], 0)[0]
+
+    slope = central_difference(jax.jit(value), params, direction, epsilon=1e-6)
+    assert dot(grads, direction) == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_first_order_differs_from_second_order_on_a_network():
+    apply, params = functional(MODELS["mlp"]())
+    params, loss = jax.tree.map(lambda x: x.astype(jnp.float64), params), cross_entropy(apply)
+    grads = [meta_gradient(unroll(optax.sgd(0.5), 1, d), loss, params, image_task(7)) for d in (reverse, first_order)]
+    differences = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, grads), strict=True)]
+    assert max(differences) > 1e-3
+
+
+def test_only_moves_what_it_selects_and_differentiates_the_rest():
+    params = {"body": {"w": jnp.array([1.0, 2.0])}, "head": [jnp.array([3.0])]}
+
+    def loss(params, batch, key):
+        del key
+        value = (params["body"]["w"] ** 2).sum() * params["head"][0].sum() * batch
+        return value, {"loss": value}
+
+    seen = []
+
+    def where(path, value):
+        del value
+        seen.append(path)
+        return "head" in path
+
+    adapt = only(where, unroll(optax.sgd(0.1), 3))
+    adapted = adapt(loss, params, jnp.float32(1.0), KEY)
+    np.testing.assert_array_equal(adapted.params["body"]["w"], params["body"]["w"])
+    np.testing.assert_array_equal(adapted.trace.params["body"]["w"], np.tile([1.0, 2.0], (3, 1)))
+    np.testing.assert_allclose(adapted.params["head"][0], 3.0 - 3 * 0.1 * 5.0, rtol=1e-6)
+    assert seen == [("body", "w"), ("head", 0)]
+    grads = jax.grad(lambda p: adapt(loss, p, jnp.float32(1.0), KEY).params["head"][0].sum())(params)
+    np.testing.assert_allclose(grads["body"]["w"], -3 * 0.1 * 2 * params["body"]["w"], rtol=1e-6)
+
+
+def test_only_everything_is_the_plain_loop_and_nothing_is_refused():
+    tasks = quadratics(seed=3)
+    support = jax.tree.map(lambda x: x[0].astype(jnp.float32), tasks.support)
+    params, adapt = {"x": jnp.arange(4.0)}, unroll(optax.sgd(0.1), 2)
+
+    def loss(params, batch, key):
+        return quadratic_loss(params["x"], batch, key)
+
+    whole = only(lambda path, value: True, adapt)(loss, params, support, KEY)  # noqa: ARG005
+    jax.tree.map(np.testing.assert_array_equal, whole, adapt(loss, params, support, KEY))
+    with pytest.raises(ValueError, match="selects no parameter.*'x'"):
+        only(nnx.PathContains("head"), adapt)(loss, params, support, KEY)
+
+
+@pytest.mark.parametrize("steps", [-1, True])
+def test_a_wrong_number_of_steps_is_refused_at_the_factory(steps):
+    with pytest.raises(ValueError, match="steps="):
+        unroll(optax.sgd(0.1), steps)

@@ -1,0 +1,119 @@
+"""Networks: sizes of the papers, batch norm modes, the CPU convolution against XLA's."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from maml.models import MLP, Conv4, functional
+from maml.models.conv import _max_pool, _patches_convolution
+from maml.types import Conditioned
+
+offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
+
+
+def count(model) -> int:
+    return sum(x.size for x in jax.tree.leaves(functional(model)[1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [  # PAPERS: Finn et al. 2017 and the reference code; the second number are the norms' offsets
+        (lambda r: MLP((1,), 1, hidden=(40, 40), rngs=r), 1761),
+        (lambda r: MLP((28, 28, 1), 5, hidden=(256, 128, 64, 64), norm=offset, rngs=r), 246_597 + 512),
+        (lambda r: Conv4((28, 28, 1), 5, norm=offset, rngs=r), 111_749 + 256),
+        (lambda r: Conv4((28, 28, 1), 20, norm=offset, rngs=r), 112_724 + 256),
+        (lambda r: Conv4((84, 84, 3), 5, filters=32, pool="max", head="flatten", norm=offset, rngs=r), 32_773),
+        (lambda r: Conv4((28, 28, 1), 5, head="flatten", rngs=r), 111_749 + 5 * 192),
+    ],
+)
+def test_parameter_counts_are_those_of_the_papers(model, size):
+    assert count(model(nnx.Rngs(0))) == size
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(28, 28), (7, 5), (84, 84)])
+def test_the_cpu_convolution_is_xlas(stride, shape):
+    generator = np.random.default_rng(0)
+    x = jnp.asarray(generator.normal(size=(2, *shape, 3)), jnp.float32)
+    w = jnp.asarray(generator.normal(size=(3, 3, 3, 4)), jnp.float32)
+    xla = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    both = [jax.vjp(lambda x, w, c=c: c(x, w, (stride, stride), "SAME"), x, w) for c in (_patches_convolution, xla)]
+    (ours, ours_vjp), (expected, expected_vjp) = both
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(ours_vjp(expected), expected_vjp(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3 * float(jnp.abs(b).max()))
+
+
+def test_max_pool_is_the_window_maximum_and_cuts_odd_borders():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 3)), jnp.float32)
+    np.testing.assert_array_equal(_max_pool(x), nnx.max_pool(x, (2, 2), (2, 2)))
+
+
+def models(norm):
+    return {
+        "mlp": MLP((6, 6, 1), 3, hidden=(8, 4), norm=norm, kernel_init=nnx.initializers.normal(0.3), rngs=nnx.Rngs(0)),
+        "conv": Conv4((16, 16, 1), 3, filters=8, norm=norm, rngs=nnx.Rngs(0)),
+        "conv_max": Conv4((16, 16, 1), 3, filters=8, pool="max", head="flatten", norm=norm, rngs=nnx.Rngs(0)),
+    }
+
+
+def batch_for(name: str, n: int, seed: int = 0):
+    size = 6 if name == "mlp" else 16
+    return jax.random.uniform(jax.random.key(seed), (n, size, size, 1))
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "conv_max"])
+def test_transductive_batch_norm_uses_the_batch_at_hand(name):
+    apply, params = functional(models(offset)[name])
+    apply, x = jax.jit(apply), batch_for(name, 6)
+    assert np.abs(apply(params, x)[:3] - apply(params, x[:3])).max() > 1e-4
+    np.testing.assert_array_equal(apply(params, x), apply(params, x))  # no running state
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "conv_max"])
+@pytest.mark.parametrize("norm", [offset, nnx.BatchNorm, nnx.LayerNorm, None])
+def test_inductive_predictions_do_not_change_by_a_bit(name, norm):
+    apply, params = functional(models(norm)[name])
+    support, query = batch_for(name, 5), batch_for(name, 7, seed=1)
+    predict = jax.jit(lambda q: apply(Conditioned(params, support), q))
+    whole = np.asarray(predict(query))
+    order = np.random.default_rng(0).permutation(7)
+    np.testing.assert_array_equal(predict(query[order]), whole[order])
+    for keep in ([0], [2, 5], [1, 2, 3, 4, 5, 6]):
+        np.testing.assert_array_equal(predict(query[np.array(keep)]), whole[keep])
+
+
+def test_inductive_statistics_are_those_of_the_reference():
+    model = MLP((3,), 2, hidden=(4,), norm=offset, kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(1))
+    apply, params = functional(model)
+    support, query = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
+    kernels = [np.asarray(layer.kernel[...], np.float64) for layer in model.layers]
+    hidden = support @ kernels[0]
+    mean, var = hidden.mean(0), hidden.var(0)
+    expected = np.maximum((query @ kernels[0] - mean) / np.sqrt(var + 1e-3), 0) @ kernels[1]
+    np.testing.assert_allclose(apply(Conditioned(params, support), query), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(Conditioned(params, support), support), apply(params, support), atol=1e-5)
+
+
+def test_the_module_is_left_as_it_was():
+    model = MLP((3,), 2, hidden=(4,), norm=nnx.BatchNorm, rngs=nnx.Rngs(1))
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    apply, params = functional(model)
+    apply(Conditioned(params, jnp.ones((4, 3))), jnp.ones((2, 3)))
+    assert model.norms[0].momentum == 0.99
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+
+
+def test_conv4_refuses_what_it_cannot_be():
+    for kwargs in ({"pool": "average"}, {"head": "sum"}):
+        with pytest.raises(ValueError, match="pool is stride or max"):
+            Conv4((28, 28, 1), 5, rngs=nnx.Rngs(0), **kwargs)
+    with pytest.raises(ValueError, match="too small"):
+        Conv4((8, 8, 1), 5, pool="max", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="takes images"):
+        Conv4((1,), 5, rngs=nnx.Rngs(0))
