@@ -85,7 +85,9 @@ def learner(cfg: DictConfig) -> Learner:
     sampler = build_sampler(cfg, "meta_train")
     apply, params = build_model(cfg, sampler, root)
     loss = instantiate(cfg.task.loss)(apply)
-    objective = instantiate(cfg.algorithm.objective, _convert_="all")(loss, instantiate(cfg.algorithm.adapt, _convert_="all"))
+    objective = instantiate(cfg.algorithm.objective, _convert_="all")(
+        loss, instantiate(cfg.algorithm.adapt, _convert_="all")
+    )
     optimizer = instantiate(cfg.optimizer)
     size, chunk = cfg.trainer.meta_batch, cfg.trainer.task_chunk
     step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
@@ -144,7 +146,13 @@ def check(cfg: DictConfig) -> None:
     for name in ("steps", "validate_every"):
         if trainer[name] < 0:
             raise ValueError(f"trainer.{name}={trainer[name]}: give 0 or more")
-    for name in ("meta_batch", "log_every", "checkpoint_every", "keep_checkpoints", "validation_tasks"):
+    for name in (
+        "meta_batch",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "validation_tasks",
+    ):
         if trainer[name] < 1:
             raise ValueError(f"trainer.{name}={trainer[name]}: give 1 or more")
     for name in ("algorithm.step_size", "evaluation.step_size", "optimizer.learning_rate"):

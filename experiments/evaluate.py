@@ -37,8 +37,14 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
                 raise ValueError(f"evaluation={value}: no such protocol; there are {names}")
             cfg.evaluation = OmegaConf.load(path)
-        elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
-            raise ValueError(f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, or task.data_dir=DIR")
+        elif (
+            not separator
+            or not key.startswith(ALLOWED)
+            or OmegaConf.select(cfg, key, default=cfg) is cfg
+        ):
+            raise ValueError(
+                f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, or task.data_dir=DIR"
+            )
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))
     cfg.evaluation = OmegaConf.merge(OmegaConf.structured(build.Evaluation), cfg.evaluation)
@@ -55,13 +61,17 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
     checkpoints = Checkpoints(directory / "checkpoints")
     config = checkpoints.config()
     if config is None:
-        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
+        raise ValueError(
+            f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run"
+        )
     cfg = changed(OmegaConf.create(dict(config)), overrides)
     learner = build.learner(cfg)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     step, progress = checkpoints.restore(progress) or (0, progress)
     protocol, metrics = build.measure(cfg, learner, progress.state.params)
-    summary = results.summarize(cfg, protocol, metrics, progress.state.params, time.monotonic() - start)
+    summary = results.summarize(
+        cfg, protocol, metrics, progress.state.params, time.monotonic() - start
+    )
     return summary | {"step": step}
 
 

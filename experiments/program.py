@@ -23,7 +23,9 @@ def run_program(hydra_main: Callable[[], None]) -> None:
     """Run a Hydra entry point; a refusal is one line on stderr. HYDRA_FULL_ERROR=1 shows the traceback instead."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return hydra_main()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and the line below is ours
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises what it would print, and the line below is ours
+    )
     try:
         return hydra_main()
     except REFUSALS as error:

@@ -55,7 +55,9 @@ def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != "resume"}
 
 
-def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
+def resume(
+    cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress
+) -> Progress:
     """The progress that was saved in the run's own directory, else in `cfg.resume`, else the one that is given.
 
     Raises:
@@ -67,28 +69,42 @@ def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress:
     if not checkpoints.steps():
         source = Path(cfg.resume).expanduser()
         if not Checkpoints(source / "checkpoints").steps():
-            raise ValueError(f"resume={cfg.resume}: no checkpoint in {source / 'checkpoints'}; give a run directory that has some")
+            raise ValueError(
+                f"resume={cfg.resume}: no checkpoint in {source / 'checkpoints'}; give a run directory that has some"
+            )
         checkpoints = Checkpoints(source / "checkpoints")
         if (source / "metrics.jsonl").exists():
             shutil.copy(source / "metrics.jsonl", directory / "metrics.jsonl")
     _same_config(cfg, checkpoints)
     step, progress = checkpoints.restore(progress) or (0, progress)
     if step > cfg.trainer.steps:
-        raise ValueError(f"trainer.steps={cfg.trainer.steps}: the run in {checkpoints.directory.parent} has done {step}; give more")
+        raise ValueError(
+            f"trainer.steps={cfg.trainer.steps}: the run in {checkpoints.directory.parent} has done {step}; give more"
+        )
     log.info("continuing %s after meta-step %s", checkpoints.directory.parent, step)
     return progress
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
-    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (checkpoints.config() or cfg, cfg))
-    keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
+    saved, now = (
+        flat(plain(OmegaConf.create(dict(c)))) for c in (checkpoints.config() or cfg, cfg)
+    )
+    keys = [
+        k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)
+    ]
     if keys:
         changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)
-        raise ValueError(f"the checkpoints in {checkpoints.directory} are of another config: {changes}. Give the old values or another directory")
+        raise ValueError(
+            f"the checkpoints in {checkpoints.directory} are of another config: {changes}. Give the old values or another directory"
+        )
 
 
 def summarize(
-    cfg: DictConfig, protocol: Protocol, metrics: Mapping[str, Interval], params: Params, wall_time_s: float
+    cfg: DictConfig,
+    protocol: Protocol,
+    metrics: Mapping[str, Interval],
+    params: Params,
+    wall_time_s: float,
 ) -> dict[str, Any]:
     """Everything that must travel with the numbers."""
     return {
@@ -110,24 +126,43 @@ def save(path: Path, summary: Mapping[str, Any]) -> None:
 
 def _json(value: Interval) -> dict[str, Any]:
     """A mean that is no number is null: JSON has no NaN."""
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in value._asdict().items()}
+    return {
+        k: v if v is not None and math.isfinite(v) else None for k, v in value._asdict().items()
+    }
 
 
 def versions() -> dict[str, str]:
-    names = ("maml", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "hydra-core", "tensorflow-datasets", "numpy")
+    names = (
+        "maml",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "hydra-core",
+        "tensorflow-datasets",
+        "numpy",
+    )
     return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 def device() -> str:
     """Kind and number of devices; on CPU the number of threads, on which the low bits of sums depend."""
     devices = jax.devices()
-    threads = f", {len(os.sched_getaffinity(0))} threads" if devices[0].platform == "cpu" and hasattr(os, "sched_getaffinity") else ""
+    threads = (
+        f", {len(os.sched_getaffinity(0))} threads"
+        if devices[0].platform == "cpu" and hasattr(os, "sched_getaffinity")
+        else ""
+    )
     return f"{len(devices)} × {devices[0].device_kind}{threads}"
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The numbers of a summary as lines of text."""
-    rows = [f"{name:32} {_number(v['mean'])} ± {_number(v['ci95'])}" for name, v in summary["metrics"].items()]
+    rows = [
+        f"{name:32} {_number(v['mean'])} ± {_number(v['ci95'])}"
+        for name, v in summary["metrics"].items()
+    ]
     protocol = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if v is not None)
     return "\n".join([f"protocol {summary['protocol_hash']}: {protocol}", *rows])
 

@@ -34,7 +34,9 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     progress = train.begin(learner.state, learner.step, learner.sampler)
     progress = results.resume(cfg, directory, checkpoints, progress)
     first = int(progress.state.step)
-    loggers = [make(directory, cfg.trainer.steps, first) for make in instantiate(cfg.logger).values()]
+    loggers = [
+        make(directory, cfg.trainer.steps, first) for make in instantiate(cfg.logger).values()
+    ]
 
     # What happens along the way.
     def write(step: int, metrics) -> None:
@@ -46,7 +48,9 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 
     def validate(progress: train.Progress) -> None:
         tasks = cfg.trainer.validation_tasks
-        _, metrics = build.measure(cfg, learner, progress.state.params, split="meta_valid", tasks=tasks)
+        _, metrics = build.measure(
+            cfg, learner, progress.state.params, split="meta_valid", tasks=tasks
+        )
         write(int(progress.state.step), {f"meta_valid/{k}": v.mean for k, v in metrics.items()})
 
     # Train.
@@ -57,15 +61,30 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             learner.sampler,
             steps=cfg.trainer.steps,
             log_every=cfg.trainer.log_every,
-            log=lambda step, metrics: write(step, {f"meta_train/{k}": v for k, v in metrics.items()}),
-            every=[(n, f) for n, f in ((cfg.trainer.validate_every, validate), (cfg.trainer.checkpoint_every, save)) if n],
-            tick=lambda step: [logger.progress(step) for logger in loggers if hasattr(logger, "progress")],
+            log=lambda step, metrics: write(
+                step, {f"meta_train/{k}": v for k, v in metrics.items()}
+            ),
+            every=[
+                (n, f)
+                for n, f in (
+                    (cfg.trainer.validate_every, validate),
+                    (cfg.trainer.checkpoint_every, save),
+                )
+                if n
+            ],
+            tick=lambda step: [
+                logger.progress(step) for logger in loggers if hasattr(logger, "progress")
+            ],
             stop=interrupted,
         )
         save(progress)
     checkpoints.close()
     if int(progress.state.step) < cfg.trainer.steps:
-        log.warning("stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues", progress.state.step, directory)
+        log.warning(
+            "stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues",
+            progress.state.step,
+            directory,
+        )
         sys.exit(INTERRUPTED)
 
     # Evaluate.
@@ -78,7 +97,9 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
                 logger.image(name, figure, cfg.trainer.steps)
     for logger in loggers:
         logger.close()
-    summary = results.summarize(cfg, protocol, metrics, progress.state.params, time.monotonic() - start)
+    summary = results.summarize(
+        cfg, protocol, metrics, progress.state.params, time.monotonic() - start
+    )
     results.save(directory / "summary.json", summary)
     log.info(results.table(summary))
     return summary

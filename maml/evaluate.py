@@ -80,10 +80,14 @@ def evaluate(
     @jax.jit
     def run(params, sampler, start):
         keys = keys_for(root, protocol.split, 0, block, start)
-        return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk)
+        return lax.map(
+            lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk
+        )
 
     starts = range(0, protocol.tasks, block)
-    bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty()
+    )
     blocks = [jax.device_get(run(params, sampler, jnp.int32(start))) for start in bar]
     values = {k: np.concatenate([b[k] for b in blocks])[: protocol.tasks] for k in blocks[0]}
     return {

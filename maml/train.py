@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def meta_step(
         grads, metrics = _mean_gradient(objective, state, tasks, keys, chunk)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = dict(metrics) | {"gradient_norm": optax.global_norm(grads)}
+        metrics = dict(metrics) | {"gradient_norm": optax.tree.norm(grads)}
         return MetaState(state.step + 1, state.key, params, opt_state), metrics
 
     return step
@@ -72,7 +72,9 @@ def check_chunk(task_chunk: int | str, count: int) -> None:
         return
     if not isinstance(task_chunk, int) or task_chunk < 1 or count % task_chunk:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
-        raise ValueError(f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}")
+        raise ValueError(
+            f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}"
+        )
 
 
 def chunk_size(task_chunk: int | str, count: int, params: Params) -> int:
@@ -215,8 +217,10 @@ def _as_argument(sampler: Sampler) -> Sampler:
     return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
 
 
-def _empty(metrics: Metrics) -> Window:
-    return Window(jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, v.dtype) for k, v in metrics.items()})
+def _empty(metrics: Mapping[str, Any]) -> Window:
+    return Window(
+        jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, v.dtype) for k, v in metrics.items()}
+    )
 
 
 class _Lengths:

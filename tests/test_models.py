@@ -24,10 +24,18 @@ def count(model) -> int:
     ("model", "size"),
     [  # PAPERS: Finn et al. 2017 and the reference code; the second number are the norms' offsets
         (lambda r: MLP((1,), 1, hidden=(40, 40), rngs=r), 1761),
-        (lambda r: MLP((28, 28, 1), 5, hidden=(256, 128, 64, 64), norm=offset, rngs=r), 246_597 + 512),
+        (
+            lambda r: MLP((28, 28, 1), 5, hidden=(256, 128, 64, 64), norm=offset, rngs=r),
+            246_597 + 512,
+        ),
         (lambda r: Conv4((28, 28, 1), 5, norm=offset, rngs=r), 111_749 + 256),
         (lambda r: Conv4((28, 28, 1), 20, norm=offset, rngs=r), 112_724 + 256),
-        (lambda r: Conv4((84, 84, 3), 5, filters=32, pool="max", head="flatten", norm=offset, rngs=r), 32_773),
+        (
+            lambda r: Conv4(
+                (84, 84, 3), 5, filters=32, pool="max", head="flatten", norm=offset, rngs=r
+            ),
+            32_773,
+        ),
         (lambda r: Conv4((28, 28, 1), 5, head="flatten", rngs=r), 111_749 + 5 * 192),
     ],
 )
@@ -42,7 +50,10 @@ def test_the_cpu_convolution_is_xlas(stride, shape):
     x = jnp.asarray(generator.normal(size=(2, *shape, 3)), jnp.float32)
     w = jnp.asarray(generator.normal(size=(3, 3, 3, 4)), jnp.float32)
     xla = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    both = [jax.vjp(lambda x, w, c=c: c(x, w, (stride, stride), "SAME"), x, w) for c in (_patches_convolution, xla)]
+    both = [
+        jax.vjp(lambda x, w, c=c: c(x, w, (stride, stride), "SAME"), x, w)
+        for c in (_patches_convolution, xla)
+    ]
     (ours, ours_vjp), (expected, expected_vjp) = both
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(ours_vjp(expected), expected_vjp(expected), strict=True):
@@ -56,9 +67,18 @@ def test_max_pool_is_the_window_maximum_and_cuts_odd_borders():
 
 def models(norm):
     return {
-        "mlp": MLP((6, 6, 1), 3, hidden=(8, 4), norm=norm, kernel_init=nnx.initializers.normal(0.3), rngs=nnx.Rngs(0)),
+        "mlp": MLP(
+            (6, 6, 1),
+            3,
+            hidden=(8, 4),
+            norm=norm,
+            kernel_init=nnx.initializers.normal(0.3),
+            rngs=nnx.Rngs(0),
+        ),
         "conv": Conv4((16, 16, 1), 3, filters=8, norm=norm, rngs=nnx.Rngs(0)),
-        "conv_max": Conv4((16, 16, 1), 3, filters=8, pool="max", head="flatten", norm=norm, rngs=nnx.Rngs(0)),
+        "conv_max": Conv4(
+            (16, 16, 1), 3, filters=8, pool="max", head="flatten", norm=norm, rngs=nnx.Rngs(0)
+        ),
     }
 
 
@@ -89,7 +109,14 @@ def test_inductive_predictions_do_not_change_by_a_bit(name, norm):
 
 
 def test_inductive_statistics_are_those_of_the_reference():
-    model = MLP((3,), 2, hidden=(4,), norm=offset, kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(1))
+    model = MLP(
+        (3,),
+        2,
+        hidden=(4,),
+        norm=offset,
+        kernel_init=nnx.initializers.normal(1.0),
+        rngs=nnx.Rngs(1),
+    )
     apply, params = functional(model)
     support, query = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
     kernels = [np.asarray(layer.kernel[...], np.float64) for layer in model.layers]
@@ -97,7 +124,9 @@ def test_inductive_statistics_are_those_of_the_reference():
     mean, var = hidden.mean(0), hidden.var(0)
     expected = np.maximum((query @ kernels[0] - mean) / np.sqrt(var + 1e-3), 0) @ kernels[1]
     np.testing.assert_allclose(apply(Conditioned(params, support), query), expected, atol=1e-5)
-    np.testing.assert_allclose(apply(Conditioned(params, support), support), apply(params, support), atol=1e-5)
+    np.testing.assert_allclose(
+        apply(Conditioned(params, support), support), apply(params, support), atol=1e-5
+    )
 
 
 def test_the_module_is_left_as_it_was():

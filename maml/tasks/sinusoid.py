@@ -1,5 +1,7 @@
 """Regression of sine waves from a few points."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -10,9 +12,9 @@ def sinusoid(
     split: str = "meta_train",
     shots: int = 10,
     queries: int = 10,
-    amplitude: tuple[float, float] = (0.1, 5.0),
-    phase: tuple[float, float] = (0.0, jnp.pi),
-    inputs: tuple[float, float] = (-5.0, 5.0),
+    amplitude: Sequence[float] = (0.1, 5.0),
+    phase: Sequence[float] = (0.0, jnp.pi),
+    inputs: Sequence[float] = (-5.0, 5.0),
     oracle: bool = False,
 ) -> Sampler:
     """Tasks y = A·sin(x - φ) with A, φ and x uniform: Finn et al. 2017 (arXiv 1703.03400), section 5.1.
