@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,7 @@ class Checkpoints:
         if step in self.steps():
             return
         meta = {"sha256": digest(tree), "config": dict(config)}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_flat(tree)), meta=ocp.args.JsonSave(meta)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(tree)), meta=ocp.args.JsonSave(meta))
         try:
             self._open().save(step, args=args, force=True)
         except OSError as e:
@@ -69,9 +68,7 @@ class Checkpoints:
             try:
                 return self._read(step, "meta")["config"]
             except Exception as e:
-                log.warning(
-                    "checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e)
-                )
+                log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
         return None
 
     def restore(self, template) -> tuple[int, Any] | None:
@@ -86,9 +83,7 @@ class Checkpoints:
             try:
                 return step, self._restore(step, template)
             except Exception as e:
-                log.warning(
-                    "checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e)
-                )
+                log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
         if self.steps():
             raise Damaged(f"no checkpoint in {self.directory} can be read: delete it to start anew")
         return None
@@ -100,9 +95,7 @@ class Checkpoints:
 
     def _restore(self, step: int, template):
         flat = _flat(template)
-        read = self._read(
-            step, "state", {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flat.items()}
-        )
+        read = self._read(step, "state", {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flat.items()})
         leaves, structure = jax.tree.flatten(template)
         tree = structure.unflatten([_like(x, read[k]) for x, k in zip(leaves, flat, strict=True)])
         if digest(tree) != self._read(step, "meta")["sha256"]:
@@ -120,9 +113,7 @@ class Checkpoints:
 
         if self._manager is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self.keep, enable_async_checkpointing=False
-            )
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, enable_async_checkpointing=False)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
@@ -131,19 +122,17 @@ def _flat(tree) -> dict[str, np.ndarray]:
     """Path -> array on the host; a typed key is its bits."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {
-        p: np.asarray(jax.device_get(_bits(x))) for p, (_, x) in zip(paths, leaves, strict=True)
-    }
+    return {p: np.asarray(jax.device_get(_bits(x))) for p, (_, x) in zip(paths, leaves, strict=True)}
 
 
 def _bits(x):
-    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _like(x, array):
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(x))
-    return jax.numpy.asarray(array)
+    return jnp.asarray(array)
 
 
 def _line(error: Exception) -> str:

@@ -80,20 +80,14 @@ def evaluate(
     @jax.jit
     def run(params, sampler, start):
         keys = keys_for(root, protocol.split, 0, block, start)
-        return lax.map(
-            lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk
-        )
+        return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk)
 
     starts = range(0, protocol.tasks, block)
-    bar = tqdm(
-        starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty()
-    )
+    bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
     blocks = [jax.device_get(run(params, sampler, jnp.int32(start))) for start in bar]
     values = {k: np.concatenate([b[k] for b in blocks])[: protocol.tasks] for k in blocks[0]}
     return {
-        f"step_{step}/{name}": interval(v[:, step])
-        for name, v in values.items()
-        for step in range(protocol.steps + 1)
+        f"step_{step}/{name}": interval(v[:, step]) for name, v in values.items() for step in range(protocol.steps + 1)
     }
 
 
@@ -103,6 +97,4 @@ def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol:
     task = jax.tree.map(lambda x: x[0], sampler(key_task[None]))
     adapted = adapt(loss, params, task.support, key_adapt)
     path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, adapted.trace.params)
-    return lax.map(
-        lambda p: loss(with_norm(p, task.support, protocol.norm), task.query, key_query)[1], path
-    )
+    return lax.map(lambda p: loss(with_norm(p, task.support, protocol.norm), task.query, key_query)[1], path)

@@ -15,9 +15,7 @@ _TINY = 1e-15
 """Small against any gradient that matters; its square is still a normal float32 number."""
 
 
-def unroll(
-    optimizer: optax.GradientTransformation, steps: int, derivative: Derivative = reverse
-) -> Adapt:
+def unroll(optimizer: optax.GradientTransformation, steps: int, derivative: Derivative = reverse) -> Adapt:
     """An inner loop of `steps` updates of any optax optimizer, under one `lax.scan`.
 
     θₜ₊₁ = θₜ + update(∇L(θₜ; support)), t = 0..steps-1; with `optax.sgd(α)` this is MAML's inner loop (arXiv 1703.03400,
@@ -27,9 +25,7 @@ def unroll(
       ValueError: at the call of this factory, for a negative or fractional number of steps.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(
-            f"steps={steps!r}: the inner loop takes a whole number of steps, 0 or more"
-        )
+        raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, 0 or more")
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
         gradient = derivative(loss)
@@ -55,9 +51,7 @@ def _nonzero(grads: Params) -> Params:
     the root is infinite and the chain rule gives inf · 0 = NaN in the meta-gradient (optax #882), although the map from
     gradient to update is smooth but for its scale. The nudge changes an update by less than 1e-7 of a step.
     """
-    return jax.tree.map(
-        lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads
-    )
+    return jax.tree.map(lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads)
 
 
 def only(where: Any, adapt: Adapt) -> Adapt:

@@ -30,9 +30,7 @@ class Console:
         from tqdm import tqdm
 
         silent = not sys.stderr.isatty()
-        self._bar = tqdm(
-            total=steps, initial=resume_step, unit="step", dynamic_ncols=True, disable=silent
-        )
+        self._bar = tqdm(total=steps, initial=resume_step, unit="step", dynamic_ncols=True, disable=silent)
         self._since = resume_step, time.perf_counter()
 
     def __call__(self, step: int, metrics: Metrics) -> None:
@@ -141,9 +139,7 @@ class TensorBoard:
             picture = _pixels(picture)
         picture = np.asarray(picture)
         if picture.ndim != 3 or picture.dtype != np.uint8:
-            raise ValueError(
-                f"picture: {picture.dtype} {picture.shape}; give uint8 [height, width, channels]"
-            )
+            raise ValueError(f"picture: {picture.dtype} {picture.shape}; give uint8 [height, width, channels]")
         self._write(step, summary=summary.image(tag, picture, dataformats="HWC"))
         self._flush()
 
@@ -220,9 +216,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return  # killed in the middle of a write
         record = _parsed(line)
         if record is None:
-            raise ValueError(
-                f"{path}, line {number}: no JSON object with a step; mend or remove it"
-            )
+            raise ValueError(f"{path}, line {number}: no JSON object with a step; mend or remove it")
         yield line, record
 
 

@@ -19,9 +19,7 @@ def mse(apply: Apply) -> Loss:
         inputs, targets = batch
         outputs = apply(params, inputs)
         if outputs.shape != targets.shape:
-            raise ValueError(
-                f"mse: outputs {outputs.shape} and targets {targets.shape} differ in shape"
-            )
+            raise ValueError(f"mse: outputs {outputs.shape} and targets {targets.shape} differ in shape")
         value = jnp.mean(jnp.square(outputs - targets))
         return value, {"loss": value}
 
@@ -40,9 +38,7 @@ def cross_entropy(apply: Apply) -> Loss:
         inputs, labels = batch
         logits = apply(params, inputs)
         if logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}"
-            )
+            raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
         value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         return value, {"loss": value, "accuracy": jax.lax.stop_gradient(accuracy)}

@@ -21,9 +21,7 @@ def interval(values) -> Interval:
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(
-            f"values: shape {values.shape}; give a non-empty vector, one value per task or seed"
-        )
+        raise ValueError(f"values: shape {values.shape}; give a non-empty vector, one value per task or seed")
     n = values.size
     if n == 1:
         return Interval(float(values[0]), None, 1)

@@ -74,9 +74,7 @@ def episode(
             raise ValueError(f"{name}: {len(images)} images; give {ways} ways x {each}, by class")
     span = _span(support, query)
     width = 0.6 * (shots + queries) + 0.6
-    figure, (left, right) = _panels(
-        1, 2, width=max(width, 2.4), height=0.6 * ways + 0.5, width_ratios=(shots, queries)
-    )
+    figure, (left, right) = _panels(1, 2, width=max(width, 2.4), height=0.6 * ways + 0.5, width_ratios=(shots, queries))
     _draw_mosaic(left, support, ways, span, "support")
     _draw_mosaic(right, query, ways, span, "query")
     if predictions is not None:
@@ -85,9 +83,7 @@ def episode(
     return figure
 
 
-def step_curve(
-    curves: Mapping[str, tuple[Steps, Steps]], ylabel: str, xlabel: str = "inner steps"
-) -> Figure:
+def step_curve(curves: Mapping[str, tuple[Steps, Steps]], ylabel: str, xlabel: str = "inner steps") -> Figure:
     """A metric after 0, 1, ... inner steps: (means, half-widths of intervals) by label.
 
     A NaN mean is left out (not measured after so many steps), a NaN half-width draws no bar.
@@ -164,9 +160,7 @@ def _span(support: Images, query: Images) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def _draw_mosaic(
-    panel: Any, images: Images, ways: int, span: tuple[float, float], title: str
-) -> None:
+def _draw_mosaic(panel: Any, images: Images, ways: int, span: tuple[float, float], title: str) -> None:
     """Draws images [ways*each, h, w, c] as one of [ways*(h+gap), each*(w+gap), c]."""
     low, high = span
     scaled = (np.asarray(images, np.float64) - low) / (high - low)

@@ -18,6 +18,4 @@ def keys_for(root: Key, name: str, step, count: int, start=0) -> Key:
 
     Each key depends on its global index alone, so that a draw does not depend on how the batch is laid out.
     """
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-        key_for(root, name, step), start + jnp.arange(count)
-    )
+    return jax.vmap(jax.random.fold_in, (None, 0))(key_for(root, name, step), start + jnp.arange(count))

@@ -72,9 +72,7 @@ def check_chunk(task_chunk: int | str, count: int) -> None:
         return
     if not isinstance(task_chunk, int) or task_chunk < 1 or count % task_chunk:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
-        raise ValueError(
-            f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}"
-        )
+        raise ValueError(f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}")
 
 
 def chunk_size(task_chunk: int | str, count: int, params: Params) -> int:
@@ -151,7 +149,7 @@ def fit(
     log_every: int,
     log: Callable[[int, Mapping[str, float]], None],
     every: Sequence[tuple[int, Callable[[Progress], None]]] = (),
-    tick: Callable[[int], None] = lambda step: None,
+    tick: Callable[[int], object] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     dispatch_s: float = 1.0,
 ) -> Progress:
@@ -218,9 +216,7 @@ def _as_argument(sampler: Sampler) -> Sampler:
 
 
 def _empty(metrics: Mapping[str, Any]) -> Window:
-    return Window(
-        jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, v.dtype) for k, v in metrics.items()}
-    )
+    return Window(jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, v.dtype) for k, v in metrics.items()})
 
 
 class _Lengths:

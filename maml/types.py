@@ -75,9 +75,7 @@ class Loss(Protocol):
     none deletes it on its first line.
     """
 
-    def __call__(
-        self, params: Params, batch: Batch, key: Key, /
-    ) -> tuple[Float[Array, ""], Metrics]: ...
+    def __call__(self, params: Params, batch: Batch, key: Key, /) -> tuple[Float[Array, ""], Metrics]: ...
 
 
 @runtime_checkable

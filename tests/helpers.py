@@ -34,10 +34,7 @@ def quadratics(seed: int, size: int = 4, tasks: int = 3) -> Task:
         return Quadratic((q * np.linspace(0.5, 2.0, size)) @ q.T, generator.normal(size=size))
 
     pairs = [(draw(), draw()) for _ in range(tasks)]
-    support, query = (
-        jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *side)
-        for side in zip(*pairs, strict=True)
-    )
+    support, query = (jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *side) for side in zip(*pairs, strict=True))
     return Task(tuple(support), tuple(query))
 
 
@@ -62,10 +59,7 @@ def closed_form(tasks: Task, params: np.ndarray, step_size: float, steps: int, f
 def central_difference(f, params, direction, epsilon: float = 1e-5) -> float:
     """Directional derivative of a scalar function of a pytree, in float64."""
     moved = partial(jax.tree.map, lambda p, d, s: p + s * epsilon * d, params, direction)
-    at = [
-        f(moved(jax.tree.map(lambda d, s=s: jnp.asarray(s, d.dtype), direction)))
-        for s in (1.0, -1.0)
-    ]
+    at = [f(moved(jax.tree.map(lambda d, s=s: jnp.asarray(s, d.dtype), direction))) for s in (1.0, -1.0)]
     return float((at[0] - at[1]) / (2 * epsilon))
 
 
@@ -76,6 +70,4 @@ def random_like(seed: int, tree):
 
 
 def dot(a, b) -> float:
-    return float(
-        sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    )
+    return float(sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))

@@ -61,9 +61,7 @@ def damage(directory, how):
         return
     for path in files:
         data = path.read_bytes()
-        path.write_bytes(
-            data[: len(data) // 2] if how == "truncate" else bytes(255 - b for b in data)
-        )
+        path.write_bytes(data[: len(data) // 2] if how == "truncate" else bytes(255 - b for b in data))
 
 
 @pytest.mark.parametrize("how", ["truncate", "invert", "delete"])

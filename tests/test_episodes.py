@@ -26,10 +26,7 @@ def coded(counts) -> ClassImages:
     labels = np.repeat(np.arange(len(counts)), counts)
     numbers = np.concatenate([np.arange(c) for c in counts])
     images = np.stack(
-        [
-            np.stack([np.full((2, 2), a), np.full((2, 2), b), CORNERS], -1)
-            for a, b in zip(labels, numbers, strict=True)
-        ]
+        [np.stack([np.full((2, 2), a), np.full((2, 2), b), CORNERS], -1) for a, b in zip(labels, numbers, strict=True)]
     )
     return group(images.astype(np.uint8), labels, len(counts))
 
@@ -156,9 +153,7 @@ def test_a_task_is_a_function_of_its_key_alone():
 def test_classes_of_different_sizes():
     counts = [3, 7, 2, 5]
     (c, e, _, _), (cq, eq, _, _) = draw(episodes(coded(counts), 2, 1, 1), tasks=2000)
-    seen = set(zip(np.ravel(c), np.ravel(e), strict=True)) | set(
-        zip(np.ravel(cq), np.ravel(eq), strict=True)
-    )
+    seen = set(zip(np.ravel(c), np.ravel(e), strict=True)) | set(zip(np.ravel(cq), np.ravel(eq), strict=True))
     assert seen == {(i, j) for i, count in enumerate(counts) for j in range(count)}
     uniform(e[c == 1], 7)
 
@@ -171,9 +166,7 @@ def test_data_are_an_argument_of_the_program_and_no_constant():
         return sum(np.size(c) for c in jax.make_jaxpr(f)(*args).consts)
 
     assert constants(lambda s, k: s(k), sampler, keys) < 100
-    assert (
-        constants(sampler, keys) >= data.images.size
-    )  # what the check sees when it is closed over
+    assert constants(sampler, keys) >= data.images.size  # what the check sees when it is closed over
     assert len(jax.jit(lambda s, k: s(k)).lower(sampler, keys).as_text()) < 100_000
 
 
@@ -183,9 +176,7 @@ def test_rotated_classes_are_classes():
     assert turned.counts.tolist() == [2, 2, 2, 2, 3, 3, 3, 3]
     for i, (start, count) in enumerate(zip(turned.starts, turned.counts, strict=True)):
         old = data.images[data.starts[i // 4] : data.starts[i // 4] + data.counts[i // 4]]
-        np.testing.assert_array_equal(
-            turned.images[start : start + count], np.rot90(old, i % 4, (1, 2))
-        )
+        np.testing.assert_array_equal(turned.images[start : start + count], np.rot90(old, i % 4, (1, 2)))
 
 
 def test_select_takes_classes_in_the_order_given():

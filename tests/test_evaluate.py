@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -83,9 +82,7 @@ def test_the_hash_names_the_protocol():
     assert len(PROTOCOL.hash) == 8
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"tasks": 0}, {"shots": -1}, {"queries": 0}, {"steps": -1}, {"norm": "running"}]
-)
+@pytest.mark.parametrize("wrong", [{"tasks": 0}, {"shots": -1}, {"queries": 0}, {"steps": -1}, {"norm": "running"}])
 def test_a_wrong_protocol_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Protocol(**wrong)
@@ -101,13 +98,7 @@ def test_no_second_order_graph_is_kept_at_test_time():
         loss = mse(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
         params = {"a": jnp.ones((1, 300)), "b": jnp.ones((300, 1))}
         one = lambda p, k: module._curve(p, sinusoid(shots=5, queries=5), loss, adapt, protocol, k)  # noqa: E731
-        return (
-            jax.jit(one)
-            .lower(params, jax.random.key(0))
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        return jax.jit(one).lower(params, jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
 
     # The path of parameters is kept (600 numbers a step): anything like activations and their tangents would be more.
     assert temporaries(50) - temporaries(1) < 50 * 600 * 4 * 4

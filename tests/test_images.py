@@ -52,9 +52,7 @@ def tfds_dir():
 @pytest.fixture
 def no_tensorflow(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find(name))
 
 
 def drawing(seed) -> np.ndarray:
@@ -87,9 +85,7 @@ def write_omniglot(tfds, root: Path, order, drawings=4) -> str:
         "test": [i for i in order if i >= 2 * drawings],
     }
     for split, numbers in splits.items():
-        writer = ArrayRecordWriter(
-            str(folder / f"omniglot-{split}.array_record-00000-of-00001"), "group_size:1"
-        )
+        writer = ArrayRecordWriter(str(folder / f"omniglot-{split}.array_record-00000-of-00001"), "group_size:1")
         for i in numbers:
             example = {"image": png(drawing(i)), "label": i // drawings}
             writer.write(serializer.serialize_example(example))
@@ -149,17 +145,13 @@ def test_omniglot_draws_from_the_classes_of_its_split(tiny, tmp_path):
 
 
 def test_classes_that_the_data_lack_are_named(tiny):
-    with pytest.raises(
-        ValueError, match="class_split='finn': no class '.*' in the data .1100 such"
-    ):
+    with pytest.raises(ValueError, match="class_split='finn': no class '.*' in the data .1100 such"):
         omniglot(data_dir=tiny)
 
 
 def test_all_splits_decode_once_and_later_runs_never(tiny, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        images, "decode_all", lambda *args: calls.append(1) or decode.decode_all(*args)
-    )
+    monkeypatch.setattr(images, "decode_all", lambda *args: calls.append(1) or decode.decode_all(*args))
     first, _ = images.tfds_images("omniglot", tiny, size=28)
     images.tfds_images("omniglot", tiny, size=28)
     images._tfds_images.cache_clear()  # as in another process
@@ -334,9 +326,7 @@ def folder_data(root, split="meta_train", ways=1, **kwargs):
 def test_a_folder_is_read_as_pillow_reads_it(folder, channels, mode):
     data = folder_data(folder, channels=channels)
     assert data.counts.tolist() == [3, 3]
-    files = [
-        folder / name / file for name in ("cat", "dog") for file in ("1.png", "2.jpg", "3.JPEG")
-    ]
+    files = [folder / name / file for name in ("cat", "dog") for file in ("1.png", "2.jpg", "3.JPEG")]
     for image, file in zip(data.images, files, strict=True):
         with Image.open(file) as original:
             small = original.convert(mode).resize((8, 8), Image.Resampling.LANCZOS)

@@ -16,6 +16,7 @@ from maml.models import MLP, Conv4, functional
 from maml.objectives import query_loss
 from maml.types import Task
 from tests.helpers import (
+    Quadratic,
     central_difference,
     closed_form,
     dot,
@@ -24,7 +25,6 @@ from tests.helpers import (
     quadratics,
     random_like,
 )
-from tests.helpers import Quadratic
 
 KEY = jax.random.key(0)
 
@@ -47,13 +47,10 @@ def test_gradient_descent_on_a_quadratic_is_its_closed_form(steps):
     start = jnp.arange(4.0)
     adapted = unroll(optax.sgd(0.3), steps)(quadratic_loss, start, support, KEY)
     expected = [
-        gradient_descent(Quadratic(*map(np.asarray, support)), np.arange(4.0), 0.3, k)[0]
-        for k in range(steps + 1)
+        gradient_descent(Quadratic(*map(np.asarray, support)), np.arange(4.0), 0.3, k)[0] for k in range(steps + 1)
     ]
     np.testing.assert_allclose(adapted.params, expected[-1], atol=1e-12)
-    np.testing.assert_allclose(
-        adapted.trace.params, np.array(expected[1:]).reshape(steps, 4), atol=1e-12
-    )
+    np.testing.assert_allclose(adapted.trace.params, np.array(expected[1:]).reshape(steps, 4), atol=1e-12)
     losses = [quadratic_loss(jnp.asarray(p), support, KEY)[0] for p in expected[:-1]]
     np.testing.assert_allclose(adapted.trace.metrics["loss"], np.array(losses), atol=1e-12)
 
@@ -63,9 +60,7 @@ def test_gradient_descent_on_a_quadratic_is_its_closed_form(steps):
 @pytest.mark.parametrize("derivative", [reverse, first_order])
 def test_meta_gradient_on_quadratics_is_its_closed_form(steps, derivative):
     tasks, start = quadratics(seed=1), np.linspace(-1, 2, 4)
-    ours = meta_gradient(
-        unroll(optax.sgd(0.3), steps, derivative), quadratic_loss, jnp.asarray(start), tasks
-    )
+    ours = meta_gradient(unroll(optax.sgd(0.3), steps, derivative), quadratic_loss, jnp.asarray(start), tasks)
     expected = closed_form(tasks, start, 0.3, steps, derivative is first_order)
     np.testing.assert_allclose(ours, expected, atol=1e-10)
     other = closed_form(tasks, start, 0.3, steps, derivative is not first_order)
@@ -105,9 +100,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_trajectory_is_that_of_optax(name):
     optimizer = OPTIMIZERS[name]()
-    apply, params = functional(
-        MLP((1,), 1, hidden=(8,), kernel_init=nnx.initializers.normal(0.5), rngs=nnx.Rngs(0))
-    )
+    apply, params = functional(MLP((1,), 1, hidden=(8,), kernel_init=nnx.initializers.normal(0.5), rngs=nnx.Rngs(0)))
     loss = mse(apply)
     batch = (jnp.linspace(-1, 1, 5)[:, None], jnp.linspace(1, 2, 5)[:, None])
     adapted = unroll(optimizer, 4)(loss, params, batch, KEY)
@@ -146,8 +139,8 @@ def batch_norm(**kwargs):
     return partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3, **kwargs)
 
 
-def small(initialiser=nnx.initializers.glorot_uniform()):
-    return {"kernel_init": initialiser, "rngs": nnx.Rngs(3)}
+def small():
+    return {"kernel_init": nnx.initializers.glorot_uniform(), "rngs": nnx.Rngs(3)}
 
 
 MODELS = {
@@ -169,11 +162,7 @@ MODELS = {
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [(model, "sgd") for model in MODELS]
-    + [
-        (model, optimizer)
-        for model in ("mlp", "conv_stride_mean")
-        for optimizer in ("momentum", "adam")
-    ],
+    + [(model, optimizer) for model in ("mlp", "conv_stride_mean") for optimizer in ("momentum", "adam")],
 )
 def test_meta_gradient_of_networks_is_the_central_difference(model, optimizer):
     """A difference of 1e-7 crosses no kink of ReLU or max at these seeds, or the test would fail."""
@@ -202,10 +191,7 @@ def test_meta_gradient_of_networks_is_the_central_difference(model, optimizer):
 def test_first_order_differs_from_second_order_on_a_network():
     apply, params = functional(MODELS["mlp"]())
     params, loss = jax.tree.map(lambda x: x.astype(jnp.float64), params), cross_entropy(apply)
-    grads = [
-        meta_gradient(unroll(optax.sgd(0.5), 1, d), loss, params, image_task(7))
-        for d in (reverse, first_order)
-    ]
+    grads = [meta_gradient(unroll(optax.sgd(0.5), 1, d), loss, params, image_task(7)) for d in (reverse, first_order)]
     differences = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, grads), strict=True)]
     assert max(differences) > 1e-3
 
@@ -231,9 +217,7 @@ def test_only_moves_what_it_selects_and_differentiates_the_rest():
     np.testing.assert_array_equal(adapted.trace.params["body"]["w"], np.tile([1.0, 2.0], (3, 1)))
     np.testing.assert_allclose(adapted.params["head"][0], 3.0 - 3 * 0.1 * 5.0, rtol=1e-6)
     assert seen == [("body", "w"), ("head", 0)]
-    grads = jax.grad(lambda p: adapt(loss, p, jnp.float32(1.0), KEY).params["head"][0].sum())(
-        params
-    )
+    grads = jax.grad(lambda p: adapt(loss, p, jnp.float32(1.0), KEY).params["head"][0].sum())(params)
     np.testing.assert_allclose(grads["body"]["w"], -3 * 0.1 * 2 * params["body"]["w"], rtol=1e-6)
 
 

@@ -199,9 +199,7 @@ def test_tensorboard_forgets_what_comes_after_the_resume_step(tmp_path):
     scalars = events(tmp_path / "tensorboard").Scalars(LOSS)
     first.close()
     second.close()
-    assert [(s.step, s.value) for s in scalars] == [
-        (k, k if k <= 5 else 100.0 + k) for k in range(1, 10)
-    ]
+    assert [(s.step, s.value) for s in scalars] == [(k, k if k <= 5 else 100.0 + k) for k in range(1, 10)]
 
 
 def test_tensorboard_reads_pictures_and_histograms_back(tmp_path):

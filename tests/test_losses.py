@@ -43,8 +43,9 @@ def test_cross_entropy_refuses_labels_of_another_shape():
 def test_the_second_derivative_of_cross_entropy_is_the_softmax_covariance():
     """log_softmax holds a stop_gradient; the Hessian must be diag(p) - ppᵀ all the same."""
     logits, label = jnp.array([0.3, -1.0, 2.0]), jnp.array([1])
-    loss = lambda z: cross_entropy(lambda p, x: p[None] + 0 * x)(
-        z, (jnp.zeros((1, 3)), label), KEY
-    )[0]  # noqa: E731
+
+    def loss(z):
+        return cross_entropy(lambda p, x: p[None] + 0 * x)(z, (jnp.zeros((1, 3)), label), KEY)[0]
+
     p = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(jax.hessian(loss)(logits), np.diag(p) - np.outer(p, p), atol=1e-6)

@@ -31,9 +31,7 @@ def count(model) -> int:
         (lambda r: Conv4((28, 28, 1), 5, norm=offset, rngs=r), 111_749 + 256),
         (lambda r: Conv4((28, 28, 1), 20, norm=offset, rngs=r), 112_724 + 256),
         (
-            lambda r: Conv4(
-                (84, 84, 3), 5, filters=32, pool="max", head="flatten", norm=offset, rngs=r
-            ),
+            lambda r: Conv4((84, 84, 3), 5, filters=32, pool="max", head="flatten", norm=offset, rngs=r),
             32_773,
         ),
         (lambda r: Conv4((28, 28, 1), 5, head="flatten", rngs=r), 111_749 + 5 * 192),
@@ -50,10 +48,7 @@ def test_the_cpu_convolution_is_xlas(stride, shape):
     x = jnp.asarray(generator.normal(size=(2, *shape, 3)), jnp.float32)
     w = jnp.asarray(generator.normal(size=(3, 3, 3, 4)), jnp.float32)
     xla = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    both = [
-        jax.vjp(lambda x, w, c=c: c(x, w, (stride, stride), "SAME"), x, w)
-        for c in (_patches_convolution, xla)
-    ]
+    both = [jax.vjp(lambda x, w, c=c: c(x, w, (stride, stride), "SAME"), x, w) for c in (_patches_convolution, xla)]
     (ours, ours_vjp), (expected, expected_vjp) = both
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(ours_vjp(expected), expected_vjp(expected), strict=True):
@@ -76,9 +71,7 @@ def models(norm):
             rngs=nnx.Rngs(0),
         ),
         "conv": Conv4((16, 16, 1), 3, filters=8, norm=norm, rngs=nnx.Rngs(0)),
-        "conv_max": Conv4(
-            (16, 16, 1), 3, filters=8, pool="max", head="flatten", norm=norm, rngs=nnx.Rngs(0)
-        ),
+        "conv_max": Conv4((16, 16, 1), 3, filters=8, pool="max", head="flatten", norm=norm, rngs=nnx.Rngs(0)),
     }
 
 
@@ -124,9 +117,7 @@ def test_inductive_statistics_are_those_of_the_reference():
     mean, var = hidden.mean(0), hidden.var(0)
     expected = np.maximum((query @ kernels[0] - mean) / np.sqrt(var + 1e-3), 0) @ kernels[1]
     np.testing.assert_allclose(apply(Conditioned(params, support), query), expected, atol=1e-5)
-    np.testing.assert_allclose(
-        apply(Conditioned(params, support), support), apply(params, support), atol=1e-5
-    )
+    np.testing.assert_allclose(apply(Conditioned(params, support), support), apply(params, support), atol=1e-5)
 
 
 def test_the_module_is_left_as_it_was():

@@ -38,9 +38,7 @@ def test_metrics_are_query_after_and_support_before_adaptation():
 
 def test_without_inner_steps_there_is_no_support_metric():
     loss = mse(lambda w, x: w * x)
-    _, metrics = query_loss(loss, unroll(optax.sgd(0.1), 0))(
-        jnp.array([[0.5]]), line_task(), KEY, 0
-    )
+    _, metrics = query_loss(loss, unroll(optax.sgd(0.1), 0))(jnp.array([[0.5]]), line_task(), KEY, 0)
     assert list(metrics) == ["query/loss"]
 
 

@@ -18,9 +18,7 @@ PAPER = {"source": "Finn et al. 2017, Table 1", "figures": FIGURES}
 PROTOCOL = {"protocol": {"tasks": 600, "queries": 15}, "protocol_hash": "aaaa"}
 
 
-def make_run(
-    directory, seed=0, accuracy=0.9, ci95=0.01, overrides=(), choices=None, config=None, **summary
-):
+def make_run(directory, seed=0, accuracy=0.9, ci95=0.01, overrides=(), choices=None, config=None, **summary):
     """A run directory as the run program and Hydra leave it."""
     hydra = directory / ".hydra"
     hydra.mkdir(parents=True)

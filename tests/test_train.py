@@ -51,9 +51,7 @@ def test_chunks_are_execution_and_not_mathematics(chunk):
     moves, values = [], []
     for size in ("all", chunk):
         step = train.meta_step(objective, optimizer, meta_batch=8, task_chunk=size)
-        state, metrics = jax.jit(lambda s, step=step: step(s, sampler))(
-            train.init(params, optimizer, ROOT)
-        )
+        state, metrics = jax.jit(lambda s, step=step: step(s, sampler))(train.init(params, optimizer, ROOT))
         moves.append(jax.tree.map(jnp.subtract, params, state.params))
         values.append(metrics)
     scale = optax.tree.norm(moves[0])
@@ -73,12 +71,8 @@ def test_the_tasks_of_a_step_are_a_function_of_root_and_step():
     step = train.meta_step(objective, optax.sgd(0.1), meta_batch=4)
     state, _ = step(train.init(params, optax.sgd(0.1), ROOT), sampler)
     step(state, sampler)
-    np.testing.assert_array_equal(
-        seen[0], jax.random.key_data(keys_for(ROOT, "meta_train/tasks", 0, 4))
-    )
-    np.testing.assert_array_equal(
-        seen[1], jax.random.key_data(keys_for(ROOT, "meta_train/tasks", 1, 4))
-    )
+    np.testing.assert_array_equal(seen[0], jax.random.key_data(keys_for(ROOT, "meta_train/tasks", 0, 4)))
+    np.testing.assert_array_equal(seen[1], jax.random.key_data(keys_for(ROOT, "meta_train/tasks", 1, 4)))
 
 
 def collect(steps, log_every, dispatch_s=1.0, every=(), progress=None):
@@ -96,11 +90,7 @@ def collect(steps, log_every, dispatch_s=1.0, every=(), progress=None):
 def test_fit_logs_means_over_windows_of_the_plain_loop():
     objective, params = problem()
     optimizer = optax.adam(1e-2)
-    step = jax.jit(
-        lambda s: train.meta_step(objective, optimizer, meta_batch=4)(
-            s, sinusoid(shots=5, queries=5)
-        )
-    )
+    step = jax.jit(lambda s: train.meta_step(objective, optimizer, meta_batch=4)(s, sinusoid(shots=5, queries=5)))
     state, losses = train.init(params, optimizer, ROOT), []
     for _ in range(25):
         state, metrics = step(state)

@@ -41,13 +41,9 @@ class Conv4(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if pool not in ("stride", "max") or head not in ("mean", "flatten"):
-            raise ValueError(
-                f"pool={pool!r}, head={head!r}: pool is stride or max, head mean or flatten"
-            )
+            raise ValueError(f"pool={pool!r}, head={head!r}: pool is stride or max, head mean or flatten")
         if len(input_shape) != 3:
-            raise ValueError(
-                f"input_shape={tuple(input_shape)}: Conv4 takes images (height, width, channels)"
-            )
+            raise ValueError(f"input_shape={tuple(input_shape)}: Conv4 takes images (height, width, channels)")
         height, width, channels = input_shape
         for _ in range(4):
             height, width = (-(-n // 2) if pool == "stride" else n // 2 for n in (height, width))
@@ -96,11 +92,7 @@ def _patches_convolution(x, kernel, strides, padding, **unused):
     """
     del unused
     size, (sh, sw) = kernel.shape[:2], strides
-    pads = (
-        lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-        if isinstance(padding, str)
-        else padding
-    )
+    pads = lax.padtype_to_pads(x.shape[1:3], size, strides, padding) if isinstance(padding, str) else padding
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     high, wide = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], size, strides, strict=True))
     shifts = [

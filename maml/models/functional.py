@@ -41,10 +41,6 @@ def _fresh(state: Params, params: Params) -> Params:
     width = jnp.result_type(*jax.tree.leaves(params))
 
     def copy(x):
-        return (
-            x.astype(jnp.promote_types(x.dtype, width))
-            if jnp.issubdtype(x.dtype, jnp.floating)
-            else x
-        )
+        return x.astype(jnp.promote_types(x.dtype, width)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(copy, state)

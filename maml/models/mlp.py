@@ -28,8 +28,7 @@ class MLP(nnx.Module):
     ):
         sizes = [math.prod(input_shape), *hidden, outputs]
         self.layers = nnx.List(
-            nnx.Linear(n, m, kernel_init=kernel_init, rngs=rngs)
-            for n, m in zip(sizes[:-1], sizes[1:], strict=True)
+            nnx.Linear(n, m, kernel_init=kernel_init, rngs=rngs) for n, m in zip(sizes[:-1], sizes[1:], strict=True)
         )
         self.norms = nnx.List(norm(m, rngs=rngs) for m in hidden) if norm else None
 

@@ -27,9 +27,7 @@ def decoder(size: int, mode: str, resample: Image.Resampling) -> Callable[[Any],
                 pixels = np.asarray(image.convert(mode).resize((size, size), resample))
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's for spoiled files
             what = "a record" if isinstance(source, bytes) else str(source)
-            raise ValueError(
-                f"data_dir: cannot read the image {what} ({error}); replace or remove it"
-            ) from error
+            raise ValueError(f"data_dir: cannot read the image {what} ({error}); replace or remove it") from error
         return pixels.reshape(size, size, -1)
 
     return decode

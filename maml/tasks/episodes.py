@@ -76,9 +76,7 @@ def select(data: ClassImages, classes: Int[np.ndarray, " chosen"]) -> ClassImage
     """The given classes (their indices), in that order."""
     spans = [np.arange(s, s + c) for s, c in zip(data.starts, data.counts, strict=True)]
     labels = np.repeat(np.arange(len(classes)), np.asarray(data.counts)[classes])
-    return group(
-        np.asarray(data.images)[np.concatenate([spans[i] for i in classes])], labels, len(classes)
-    )
+    return group(np.asarray(data.images)[np.concatenate([spans[i] for i in classes])], labels, len(classes))
 
 
 def rotated_classes(data: ClassImages) -> ClassImages:
@@ -93,9 +91,7 @@ def rotated_classes(data: ClassImages) -> ClassImages:
     _check_rotations(data, "per_class")
     turned = [np.rot90(data.images, k, (1, 2)) for k in range(4)]
     labels = 4 * np.repeat(np.arange(len(data.counts)), data.counts)
-    return group(
-        np.concatenate(turned), np.concatenate([labels + k for k in range(4)]), 4 * len(data.counts)
-    )
+    return group(np.concatenate(turned), np.concatenate([labels + k for k in range(4)]), 4 * len(data.counts))
 
 
 def _draw(data: ClassImages, ways: int, examples: int, key: Key) -> Int[Array, "ways examples"]:
@@ -137,9 +133,7 @@ def _turn(
 ) -> UInt8[Array, "ways examples side side channels"]:
     """Turn all images of class i by 90° `turns[i]` times."""
     turns = turns.reshape(-1, 1, 1, 1, 1)
-    return jnp.select(
-        [turns == k for k in range(4)], [jnp.rot90(images, k, (2, 3)) for k in range(4)]
-    )
+    return jnp.select([turns == k for k in range(4)], [jnp.rot90(images, k, (2, 3)) for k in range(4)])
 
 
 def _batch(
@@ -157,9 +151,7 @@ def _check_sizes(data: ClassImages, **sizes: Any) -> None:
             raise ValueError(f"{name}={size!r}: give a whole number, 1 or more")
     classes = len(data.counts)
     if sizes["ways"] > classes:
-        raise ValueError(
-            f"ways={sizes['ways']}: this split has {classes} classes; give at most that many ways"
-        )
+        raise ValueError(f"ways={sizes['ways']}: this split has {classes} classes; give at most that many ways")
     smallest = int(np.min(data.counts))
     if sizes["shots"] + sizes["queries"] > smallest:
         raise ValueError(
@@ -177,6 +169,5 @@ def _check_rotations(data: ClassImages, rotations: str) -> None:
         )
     if rotations == "per_class" and height != width:
         raise ValueError(
-            f"rotations={rotations!r}: images of {height}x{width} are not square; resize them, or "
-            "give 'none'"
+            f"rotations={rotations!r}: images of {height}x{width} are not square; resize them, or give 'none'"
         )

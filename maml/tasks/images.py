@@ -96,13 +96,10 @@ def image_folder(
     """
     root = Path(data_dir).expanduser().resolve()
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"data_dir={data_dir!r}: no such folder; give one that holds class/*.png"
-        )
+        raise FileNotFoundError(f"data_dir={data_dir!r}: no such folder; give one that holds class/*.png")
     if channels not in (1, 3) or image_size < 1:
         raise ValueError(
-            f"image_size={image_size}, channels={channels}: give a positive size, and 1 (grey) or "
-            "3 (RGB) channels"
+            f"image_size={image_size}, channels={channels}: give a positive size, and 1 (grey) or 3 (RGB) channels"
         )
     files = [_files(root, name) for name in classes_of(class_split or str(root), split)]
     data = _folder_images(root, files, image_size, channels, cache_dir)
@@ -131,9 +128,7 @@ def tfds_images(
     Raises:
       FileNotFoundError: the data set is not there and cannot be prepared.
     """
-    return _tfds_images(
-        name, _data_dir(data_dir), label, size, mode, parts, resample, cache_folder(cache_dir)
-    )
+    return _tfds_images(name, _data_dir(data_dir), label, size, mode, parts, resample, cache_folder(cache_dir))
 
 
 @functools.lru_cache(maxsize=2)  # meta_train, meta_valid and meta_test read the same arrays
@@ -197,15 +192,11 @@ def prepare(name: str, data_dir: str | None = None) -> Any:
     import requests  # TFDS downloads with it
 
     if importlib.util.find_spec("tensorflow") is None:
-        raise ModuleNotFoundError(
-            "preparing a data set needs TensorFlow: pip install 'maml[prepare]'"
-        )
+        raise ModuleNotFoundError("preparing a data set needs TensorFlow: pip install 'maml[prepare]'")
     data_dir = _data_dir(data_dir)
     builder = _builder(name, data_dir)
     manual = Path(data_dir, "downloads", "manual")
-    missing = [
-        url for url, x in (builder.url_infos or {}).items() if not (manual / x.filename).exists()
-    ]
+    missing = [url for url, x in (builder.url_infos or {}).items() if not (manual / x.filename).exists()]
     if not builder.is_prepared():
         if missing and not _reachable(missing[0]):  # TFDS itself would retry for minutes
             raise FileNotFoundError(_absent(name, data_dir))
@@ -235,9 +226,7 @@ def _absent(name: str, data_dir: str) -> str:
     )
 
 
-def _select(
-    data: ClassImages, names: Sequence[str], wanted: Sequence[str], where: str
-) -> ClassImages:
+def _select(data: ClassImages, names: Sequence[str], wanted: Sequence[str], where: str) -> ClassImages:
     index = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in wanted if name not in index]:
         raise ValueError(
@@ -257,9 +246,7 @@ def _files(root: Path, name: str) -> list[Path]:
     return files
 
 
-def _folder_images(
-    root: Path, files: list[list[Path]], size: int, channels: int, cache_dir: str | None
-) -> ClassImages:
+def _folder_images(root: Path, files: list[list[Path]], size: int, channels: int, cache_dir: str | None) -> ClassImages:
     flat = [file for class_files in files for file in class_files]
     labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files])
     facts = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in flat]

@@ -56,8 +56,7 @@ def read_split(class_split: str) -> ClassSplit:
         return _checked(_from_file(path), path)
     names = ", ".join(SHA256)
     raise FileNotFoundError(
-        f"class_split={class_split!r}: neither one of {names} nor a file or folder; give one of "
-        "these"
+        f"class_split={class_split!r}: neither one of {names} nor a file or folder; give one of these"
     )
 
 
@@ -138,10 +137,7 @@ def _labels(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         if "label" not in (rows.fieldnames or ()):
-            raise ValueError(
-                f"class_split={str(path)!r}: no column 'label'; its first line must be "
-                "filename,label"
-            )
+            raise ValueError(f"class_split={str(path)!r}: no column 'label'; its first line must be filename,label")
         return list(dict.fromkeys(row["label"] for row in rows))
 
 
