@@ -37,9 +37,16 @@ def unroll(optimizer: optax.GradientTransformation, steps: int, derivative: Deri
             params = optax.apply_updates(params, updates)
             return (params, state), Trace(params, metrics)
 
-        carry = params, optimizer.init(params)
-        (params, _), trace = lax.scan(step, carry, jax.random.split(key, steps))
-        return Adapted(params, trace)
+        carry, keys = (params, optimizer.init(params)), jax.random.split(key, steps)
+        if steps == 0:
+            return Adapted(params, lax.scan(step, carry, keys)[1])
+        # The first step stands outside: there all tasks share the parameters, and a map over tasks keeps them shared.
+        carry, first = step(carry, keys[0])
+        trace = jax.tree.map(lambda x: x[None], first)
+        if steps > 1:
+            carry, rest = lax.scan(step, carry, keys[1:])
+            trace = jax.tree.map(lambda *x: jnp.concatenate(x), trace, rest)
+        return Adapted(carry[0], trace)
 
     return adapt
 

@@ -136,7 +136,7 @@ class NonFinite(ArithmeticError):
 
 def begin(state: MetaState, step: MetaStep, sampler: Sampler) -> Progress:
     """The progress of a run that has not started: an empty window for the metrics that `step` gives."""
-    _, metrics = jax.eval_shape(step, state, _as_argument(sampler))
+    _, metrics = jax.eval_shape(step, state, as_argument(sampler))
     return Progress(state, _empty(metrics))
 
 
@@ -170,7 +170,7 @@ def fit(
     periods = [log_every, *(n for n, _ in every)]
     if min(periods) < 1:
         raise ValueError(f"log_every={log_every}, every={periods[1:]}: give 1 step or more")
-    advance, lengths, sampler = _compile(step), _Lengths(dispatch_s), _as_argument(sampler)
+    advance, lengths, sampler = compile_loop(step), _Lengths(dispatch_s), as_argument(sampler)
     empty = _empty(progress.window.sums)
     done = int(progress.state.step)
     while done < steps and not stop():
@@ -192,7 +192,7 @@ def fit(
     return progress
 
 
-def _compile(step: MetaStep):
+def compile_loop(step: MetaStep):
     """Jit of: run `length` meta-steps, or fewer where the metrics cease to be finite."""
 
     def body(carry):
@@ -210,7 +210,7 @@ def _compile(step: MetaStep):
     return jax.jit(advance)
 
 
-def _as_argument(sampler: Sampler) -> Sampler:
+def as_argument(sampler: Sampler) -> Sampler:
     """As a pytree, so that the arrays it holds are arguments of the program and not constants in it."""
     return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
 

@@ -218,7 +218,7 @@ def test_data_of_a_sampler_are_an_argument_and_no_constant():
     objective, params = problem()
     step = train.meta_step(objective, optax.sgd(0.1), meta_batch=2)
     progress = start(step, params, optax.sgd(0.1), sampler)
-    lowered = train._compile(step).lower(progress, train._as_argument(sampler), jnp.int32(1))
+    lowered = train.compile_loop(step).lower(progress, train.as_argument(sampler), jnp.int32(1))
     assert len(lowered.as_text()) < 400_000  # 100,000 numbers as text would be more
 
 

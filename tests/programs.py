@@ -1,0 +1,137 @@
+"""The programs, run in this process: a process of its own takes seconds to start."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from experiments import build, run
+from maml import train
+from maml.checkpoint import Checkpoints, digest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("debug=short", "trainer.meta_batch=4", "model.hidden=[8,8]", "evaluation.steps=2", "paper=null")
+"""A sinusoid run of a second or two."""
+
+
+def config(*overrides: str) -> DictConfig:
+    """The composed config, as the program gets it."""
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+class Ended(NamedTuple):
+    """How a program ended: exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def main(*arguments: str, program=run) -> Ended:
+    """`python -m experiments.PROGRAM ARGUMENTS` in this process, with everything global put back."""
+    GlobalHydra.instance().clear()
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", [program.__name__, *arguments])
+        try:
+            program.main()
+        except SystemExit as error:
+            code = error.code
+        finally:
+            jax.config.update("jax_debug_nans", False)
+            for handler in logging.getLogger().handlers[:]:  # Hydra's, on files of this run
+                if isinstance(handler, logging.FileHandler) or getattr(handler, "stream", 0) is out:
+                    logging.getLogger().removeHandler(handler)
+                    handler.close()
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def start(*arguments: str, program: str = "experiments.run", cwd=None, **keywords) -> subprocess.Popen:
+    """A program in a process of its own."""
+    command = [sys.executable, "-m", program, *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, **keywords
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> Ended:
+    """Waits for it; kills it if that takes too long."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Ended(process.returncode, out, err)
+
+
+def restored(cfg: DictConfig, directory: Path) -> train.Progress:
+    """The newest checkpoint of a run: all that a resumed run knows."""
+    learner = build.learner(cfg)
+    template = train.begin(learner.state, learner.step, learner.sampler)
+    found = Checkpoints(directory / "checkpoints").restore(template)
+    assert found is not None
+    return found[1]
+
+
+def bits(cfg: DictConfig, directory: Path) -> tuple[str, str, bytes]:
+    """What must be equal for two runs to be the same: parameters, everything that is saved, metrics."""
+    return summary(directory)["params_sha256"], digest(restored(cfg, directory)), metrics_bytes(directory)
+
+
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def metrics_bytes(directory: Path) -> bytes:
+    return (directory / "metrics.jsonl").read_bytes()
+
+
+def rows(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in metrics_bytes(directory).splitlines()]
+
+
+def steps(directory: Path) -> list[int]:
+    return Checkpoints(directory / "checkpoints").steps()
+
+
+class SignalAt:
+    """A logger that sends this process a signal when the loop reaches a step."""
+
+    def __init__(self, directory, steps, resume_step=0, *, step: int, signal: int):
+        del directory, steps, resume_step
+        self.step, self.signal = step, signal
+
+    def __call__(self, step, metrics):
+        """Nothing to write."""
+
+    def progress(self, step):
+        if self.step is not None and step >= self.step:
+            self.step = None
+            os.kill(os.getpid(), self.signal)
+
+    def close(self):
+        """Nothing to close."""
+
+
+def signal_at(step: int, signal: int) -> str:
+    """The override that adds it to a run."""
+    name = "{_target_: tests.programs.SignalAt, _partial_: true"
+    return f"+logger.signal={name}, step: {step}, signal: {int(signal)}}}"

@@ -1,0 +1,273 @@
+"""Every file of conf/ composes, builds and runs, and says what the papers say."""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from experiments import build
+from maml import train
+from maml.tasks import images
+from maml.tasks.episodes import ClassImages
+from maml.tasks.splits import read_split
+from tests.programs import ROOT, config
+
+CONF = ROOT / "conf"
+FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
+NAMES = {group: [f.name for f in FILES if f.parent.name == group] for group in {f.parent.name for f in FILES}}
+EXPERIMENTS = NAMES["experiment"]
+TINY = ("trainer.steps=2", "trainer.meta_batch=2", "trainer.log_every=1", "evaluation.tasks=2")
+
+RELIABLE = """seed trainer.steps trainer.meta_batch trainer.checkpoint_every trainer.log_every task.ways task.shots
+task.queries task.data_dir algorithm.steps algorithm.step_size optimizer.learning_rate evaluation.tasks evaluation.steps
+resume""".split()
+"""Names that people's scripts may use (hydra.run.dir is tested with the programs)."""
+
+# experiment: (ways, shots, inner steps in training, inner steps at test, step size for a sum over classes, tasks per
+# meta-step): Finn et al. 2017, section 5.2 and appendix A.1.
+SETTINGS = {
+    "omniglot_5way_1shot_mlp": (5, 1, 1, 3, 0.4, 32),
+    "omniglot_5way_5shot_mlp": (5, 5, 1, 3, 0.4, 32),
+    "omniglot_5way_1shot_conv": (5, 1, 1, 3, 0.4, 32),
+    "omniglot_5way_5shot_conv": (5, 5, 1, 3, 0.4, 32),
+    "omniglot_20way_1shot_conv": (20, 1, 5, 5, 0.1, 16),
+    "omniglot_20way_5shot_conv": (20, 5, 5, 5, 0.1, 16),
+}
+
+# Finn et al. 2017, Table 1: accuracy and half-width of the 95 % interval.
+TABLE_1 = {
+    "omniglot_5way_1shot_mlp": (0.897, 0.011),
+    "omniglot_5way_5shot_mlp": (0.975, 0.006),
+    "omniglot_5way_1shot_conv": (0.987, 0.004),
+    "omniglot_5way_5shot_conv": (0.999, 0.001),
+    "omniglot_20way_1shot_conv": (0.958, 0.003),
+    "omniglot_20way_5shot_conv": (0.989, 0.002),
+}
+
+# Finn et al. 2017, Table 2: mean squared error after 1, 5, 10 steps, 5 shots.
+TABLE_2 = {"maml": (0.67, 0.38, 0.35), "joint": (2.41, 2.23, 2.19)}
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """Noise in the shape of Omniglot: 1,623 classes of 20 drawings."""
+    names = sum(read_split("finn"), ())
+    counts = np.full(len(names), 20, np.int32)
+    pixels = np.random.default_rng(0).integers(0, 2, (20 * len(names), 28, 28, 1), np.uint8) * 255
+    return ClassImages(pixels, np.cumsum(counts, dtype=np.int32) - counts, counts), names
+
+
+@pytest.fixture
+def synthetic(drawings, monkeypatch):
+    """Omniglot without data."""
+    monkeypatch.setattr(images, "tfds_images", lambda *_, **__: drawings)
+
+
+@pytest.fixture
+def _quick_compiler():
+    """Half the time: nothing here runs long."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def two_steps(*overrides: str):
+    """Two meta-steps and a tiny evaluation, with narrow networks. Returns metrics by step, and those of the evaluation."""
+    cfg = config(*overrides, *TINY)
+    OmegaConf.resolve(cfg)
+    cfg = config(*overrides, *TINY, *narrow(cfg))
+    learner = build.learner(cfg)
+    progress = train.begin(learner.state, learner.step, learner.sampler)
+    logged = {}
+    progress = train.fit(progress, learner.step, learner.sampler, steps=2, log_every=1, log=logged.__setitem__)
+    protocol, metrics = build.measure(cfg, learner, progress.state.params)
+    moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (learner.state.params, progress.state.params)), strict=True)]
+    assert any(moved)
+    assert len(metrics) % (protocol.steps + 1) == 0
+    assert all(np.isfinite(value.mean) for value in metrics.values())
+    return logged, metrics
+
+
+def narrow(cfg) -> list[str]:
+    if "filters" in cfg.model:
+        return ["model.filters=4"]
+    return [f"model.hidden={[8] * len(cfg.model.hidden)}"]
+
+
+# --- every file ---
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_and_its_interpolations_resolve(file):
+    choice = f"{file.parent}={file.name}"
+    cfg = config(choice, *(["task.data_dir=DIR"] if file.name == "image_folder" else []))
+    text = OmegaConf.to_yaml(cfg, resolve=True)
+    assert "${" not in text
+    assert not OmegaConf.missing_keys(cfg)
+    with (CONF / f"{file}.yaml").open() as opened:
+        keys = [k for k in yaml.safe_load(opened) if k not in ("defaults", "hydra")]
+    part = cfg if file.parent.name in ("experiment", "debug") else cfg[file.parent.name]
+    assert set(keys) <= set(part)
+
+
+def test_files_lie_in_groups_that_the_defaults_name():
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    groups = {next(iter(entry)) for entry in defaults if isinstance(entry, dict)}
+    assert groups == set(NAMES) == set("task model algorithm optimizer trainer logger evaluation experiment debug".split())
+
+
+@pytest.mark.parametrize("name", RELIABLE)
+def test_reliable_names(name):
+    for cfg in (config("experiment=omniglot_5way_1shot_mlp"), config()):
+        if name not in ("task.ways", "task.data_dir") or "ways" in cfg.task:
+            assert OmegaConf.select(cfg, name, default=...) is not ...
+
+
+@pytest.mark.parametrize(
+    "override",
+    """trainer.steps=five trainer.meta_batch=2.5 trainer.log_every=[1] seed=zero debug_nans=perhaps evaluation.tasks=many
+    evaluation.step_size=big trainer.stepz=5 evaluation.task=5 sead=0 trainer.steps=null""".split(),
+)
+def test_wrong_types_and_names_are_refused_at_the_top_level(override):
+    with pytest.raises(HydraException, match=re.escape(override.split("=")[0])):
+        config(override)
+
+
+def test_values_reach_the_callables():
+    cfg = config("algorithm.step_size=0.25", "algorithm.steps=3", "task.shots=7")
+    inner = cfg.algorithm.adapt.adapt
+    assert (inner.optimizer.learning_rate, inner.steps) == (0.25, 3)
+    assert cfg.task.queries == 7
+    assert cfg.evaluation.step_size == 0.25
+    assert config("debug_nans=false").debug_nans is False
+    assert config("debug_nans=true").debug_nans is True
+
+
+# --- everything runs ---
+
+
+@pytest.mark.parametrize("algorithm", ["as it is", "fomaml"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.usefixtures("synthetic", "_quick_compiler")
+def test_every_experiment_runs(name, algorithm):
+    override = [] if algorithm == "as it is" else [f"algorithm={algorithm}"]
+    logged, metrics = two_steps(f"experiment={name}", *override)
+    assert list(logged) == [1, 2]
+    assert ("step_0/accuracy" in metrics) == name.startswith("omniglot")
+
+
+def tfds_dir() -> str:
+    """Where Omniglot is, prepared by TFDS."""
+    path = Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared" / "tensorflow_datasets"))
+    if not (path / "omniglot").is_dir():
+        pytest.skip(f"no Omniglot in {path}: set TFDS_DATA_DIR to a folder where TFDS prepared it")
+    return str(path)
+
+
+REAL = ["omniglot_5way_1shot_mlp"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in REAL else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS if n.startswith("omniglot")],
+)
+@pytest.mark.usefixtures("_quick_compiler")
+def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
+    logged, _ = two_steps(f"experiment={name}", f"task.data_dir={tfds_dir()}", f"+task.cache_dir={tmp_path}")
+    assert list(logged) == [1, 2]
+
+
+@pytest.mark.parametrize("name", NAMES["model"])
+@pytest.mark.usefixtures("synthetic", "_quick_compiler")
+def test_every_model_runs_inductively(name):
+    two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")
+
+
+@pytest.mark.parametrize("name", NAMES["algorithm"])
+def test_every_algorithm_runs(name):
+    logged, metrics = two_steps(f"algorithm={name}")
+    assert ("support/loss" in logged[1]) == (config(f"algorithm={name}").algorithm.steps > 0)
+    assert metrics["step_1/loss"] != metrics["step_0/loss"]
+
+
+@pytest.mark.parametrize("name", NAMES["evaluation"])
+@pytest.mark.usefixtures("synthetic")
+def test_every_evaluation_has_the_protocol_of_its_file(name):
+    cfg = config(f"evaluation={name}", "task=omniglot", "task.shots=4")
+    protocol = build.build_protocol(cfg)
+    assert protocol.ways == 5
+    assert protocol.shots == (5 if "sinusoid" in name else 4)
+    assert protocol.tasks == (6000 if name == "strict" else 600)
+    assert protocol.norm == ("support" if name == "strict" else "batch")
+    assert protocol.queries == (15 if name == "strict" else protocol.shots)
+
+
+# --- what the papers say ---
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_head_comments_give_command_the_papers_number_and_ours(name):
+    first, *rest = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert first == "# @package _global_"
+    head = "\n".join(line for line in rest[: rest.index("defaults:")] if line.startswith("#"))
+    assert "arXiv" in head
+    assert f"command   python -m experiments.run experiment={name}" in head
+    assert re.search(r"^#   paper  +\S", head, re.M)
+    assert re.search(r"^#   ours  +\S", head, re.M)
+    if name in TABLE_1:
+        mean, ci95 = (f"{100 * x:.1f}" for x in TABLE_1[name])
+        assert f"{mean} ± {ci95} %" in head
+    if "pretrained" in name:
+        assert " / ".join(f"{x:.2f}" for x in TABLE_2["joint"]) in head
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_settings_and_figures_are_those_of_the_paper(name):
+    cfg = config(f"experiment={name}")
+    assert cfg.evaluation.tasks == 600
+    assert cfg.evaluation.split == "meta_test"
+    assert cfg.optimizer.learning_rate == 1e-3
+    if name not in SETTINGS:
+        return
+    ways, shots, train_steps, test_steps, step_size, meta_batch = SETTINGS[name]
+    assert (cfg.task.ways, cfg.task.shots, cfg.task.queries) == (ways, shots, shots)
+    assert (cfg.algorithm.steps, cfg.evaluation.steps) == (train_steps, test_steps)
+    assert cfg.algorithm.step_size == pytest.approx(step_size * ways)  # our loss is a mean over the classes
+    assert (cfg.trainer.steps, cfg.trainer.meta_batch) == (60000, meta_batch)
+    assert (cfg.task.class_split, cfg.task.rotations, cfg.task.invert) == ("finn", "per_class", True)
+    figures = OmegaConf.to_container(cfg.paper.figures)
+    assert figures == {"maml": {f"meta_test/step_{test_steps}/accuracy": list(TABLE_1[name])}}
+
+
+def test_the_main_job_is_the_papers_sinusoid():
+    cfg = config()
+    assert (cfg.trainer.steps, cfg.trainer.meta_batch, cfg.evaluation.steps) == (70000, 25, 10)
+    assert (cfg.algorithm.steps, cfg.algorithm.step_size, cfg.optimizer.learning_rate) == (1, 0.01, 1e-3)
+    assert (cfg.task.shots, cfg.evaluation.shots, cfg.evaluation.tasks) == (5, 5, 600)
+    task = cfg.task
+    assert (task.amplitude, task.inputs) == ([0.1, 5.0], [-5.0, 5.0])
+    assert task.phase == pytest.approx([0, np.pi])
+    assert cfg.model.hidden == [40, 40]
+
+
+@pytest.mark.parametrize(("overrides", "algorithm"), [((), "maml"), (("experiment=sinusoid_pretrained",), "joint")])
+def test_figures_of_the_sinusoids(overrides, algorithm):
+    cfg = config(*overrides)
+    assert cfg.algorithm.name == algorithm
+    values = zip((1, 5, 10), TABLE_2[algorithm], strict=True)
+    figures = {f"meta_test/step_{step}/loss": [value, None] for step, value in values}
+    assert OmegaConf.to_container(cfg.paper.figures) == {algorithm: figures}
+
+
+def test_the_baselines_train_without_an_inner_loop():
+    for name in ("sinusoid_pretrained", "sinusoid_oracle"):
+        cfg = config(f"experiment={name}")
+        assert cfg.algorithm.steps == 0
+        assert cfg.task.oracle == (name == "sinusoid_oracle")
+    assert config("experiment=sinusoid_oracle").paper is None  # plotted only
