@@ -152,12 +152,19 @@ def test_values_reach_the_callables():
 # --- everything runs ---
 
 
-@pytest.mark.parametrize("algorithm", ["as it is", "fomaml"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def slow_if(slow: bool, *values):
+    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
+
+
+# By default each network once with each algorithm, and each experiment once.
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [(n, []) for n in EXPERIMENTS]
+    + [slow_if("5shot" in n, n, ["algorithm=fomaml"]) for n in EXPERIMENTS],
+)
 @pytest.mark.usefixtures("synthetic", "_quick_compiler")
-def test_every_experiment_runs(name, algorithm):
-    override = [] if algorithm == "as it is" else [f"algorithm={algorithm}"]
-    logged, metrics = two_steps(f"experiment={name}", *override)
+def test_every_experiment_runs(name, overrides):
+    logged, metrics = two_steps(f"experiment={name}", *overrides)
     assert list(logged) == [1, 2]
     assert ("step_0/accuracy" in metrics) == name.startswith("omniglot")
 
@@ -170,12 +177,8 @@ def tfds_dir() -> str:
     return str(path)
 
 
-REAL = ["omniglot_5way_1shot_mlp"]
-
-
 @pytest.mark.parametrize(
-    "name",
-    [n if n in REAL else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS if n.startswith("omniglot")],
+    "name", [slow_if(n != "omniglot_5way_1shot_mlp", n) for n in EXPERIMENTS if "omniglot" in n]
 )
 @pytest.mark.usefixtures("_quick_compiler")
 def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
@@ -184,7 +187,7 @@ def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES["model"])
-@pytest.mark.usefixtures("synthetic", "_quick_compiler")
+@pytest.mark.usefixtures("synthetic")
 def test_every_model_runs_inductively(name):
     two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")
 

@@ -1,0 +1,366 @@
+"""A run from the command line to its directory, and what is in it."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from PIL import Image
+
+from experiments import build, evaluate, pictures, run
+from experiments.evaluate import evaluate_run
+from maml import train
+from maml.checkpoint import digest
+from maml.loggers import read_json_lines
+from maml.tasks import image_folder
+from tests.programs import (
+    SMALL,
+    bits,
+    config,
+    finish,
+    main,
+    metrics_bytes,
+    restored,
+    rows,
+    start,
+    steps,
+    summary,
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run, and how it ended."""
+    directory = tmp_path_factory.mktemp("done") / "run"
+    return directory, main(*SMALL, f"hydra.run.dir={directory}")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Without the pictures, which take most of the time."""
+    monkeypatch.setattr(pictures, "draw", lambda *_: {})
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: {})
+
+
+def quick(directory, *overrides: str):
+    """A run without Hydra's part of it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return run.run(config(*SMALL, "logger=quiet", *overrides), directory)
+
+
+# --- what a run leaves ---
+
+
+def test_a_run_ends_well_and_shows_its_numbers(done):
+    directory, ended = done
+    assert ended.code == 0
+    assert f"protocol {summary(directory)['protocol_hash']}" in ended.out
+    assert "meta_test/step_2/loss" in ended.out
+    assert "step 4 " in ended.err  # the console's lines
+
+
+def test_a_run_leaves_the_composed_config(done):
+    directory, _ = done
+    left = OmegaConf.load(directory / ".hydra" / "config.yaml")
+    assert left == config(*SMALL)
+    assert f"hydra.run.dir={directory}" in yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text())["hydra"]["overrides"]["hydra"]
+
+
+def test_a_run_leaves_metrics(done):
+    directory, _ = done
+    lines = rows(directory)
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    names = {"step", *(f"meta_train/{k}" for k in ("objective", "gradient_norm", "query/loss", "support/loss"))}
+    assert all(set(line) == names for line in lines)
+    assert read_json_lines(directory / "metrics.jsonl") == lines
+
+
+def test_a_run_leaves_a_summary(done):
+    directory, _ = done
+    left = summary(directory)
+    assert {"metrics", "protocol", "protocol_hash", "params_sha256", "seed", "versions", "device", "wall_time_s"} <= set(left)
+    assert set(left["metrics"]) == {f"meta_test/step_{k}/loss" for k in range(3)}
+    for value in left["metrics"].values():
+        assert set(value) == {"mean", "ci95", "n"}
+        assert value["n"] == 4
+        assert value["mean"] > 0
+        assert value["ci95"] > 0
+    expected = {"split": "meta_test", "tasks": 4, "ways": None, "shots": 5, "queries": 5, "steps": 2, "norm": "batch", "seed": 0}
+    assert left["protocol"] == expected
+    text = json.dumps(expected, sort_keys=True)
+    assert left["protocol_hash"] == hashlib.sha256(text.encode()).hexdigest()[:8]
+    assert left["seed"] == 0
+    assert left["versions"]["jax"] == jax.__version__
+    assert "cpu" in left["device"].lower() or jax.default_backend() != "cpu"
+    assert 0 < left["wall_time_s"] < 600
+
+
+def test_the_digest_is_that_of_the_saved_parameters(done):
+    directory, _ = done
+    assert steps(directory) == [2, 4]
+    params = restored(config(*SMALL), directory).state.params
+    assert summary(directory)["params_sha256"] == digest(params)
+    hasher = hashlib.sha256()  # by hand: path, type, shape, bytes
+    for path, x in jax.tree.flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        hasher.update(f"{name} {x.dtype} {x.shape}".encode() + np.asarray(x).tobytes())
+    assert digest(params) == hasher.hexdigest()
+
+
+def test_a_run_leaves_tensorboard_events_and_pictures(done):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory, _ = done
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("meta_train/query/loss")] == [1, 2, 4]
+    names = {"adaptation", "step_loss", "training_loss"}
+    assert {p.stem for p in (directory / "plots").iterdir()} == names
+    assert set(events.Tags()["images"]) == names
+    for name in names:
+        with Image.open(directory / "plots" / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_a_finished_run_is_not_run_again(done, monkeypatch):
+    directory, _ = done
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    monkeypatch.setattr(build, "learner", None)  # it would be called
+    ended = main(*SMALL, f"hydra.run.dir={directory}")
+    assert ended.code == 0
+    assert "nothing to do" in ended.out
+    after = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    ours = {p for p in before if p.name not in ("config.yaml", "hydra.yaml", "overrides.yaml", "run.log")}
+    assert ours == ours & set(after)
+    assert all(after[p] == before[p] for p in ours)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_seeds_and_bits(done, tmp_path):
+    directory, _ = done
+    quick(tmp_path / "same")
+    assert bits(config(*SMALL), tmp_path / "same") == bits(config(*SMALL), directory)
+    assert summary(tmp_path / "same")["metrics"] == summary(directory)["metrics"]
+    quick(tmp_path / "other", "seed=1")
+    assert summary(tmp_path / "other")["params_sha256"] != summary(directory)["params_sha256"]
+    assert metrics_bytes(tmp_path / "other") != metrics_bytes(directory)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_first_order_is_another_run(done, tmp_path):
+    directory, _ = done
+    assert quick(tmp_path / "fomaml", "algorithm=fomaml")["params_sha256"] != summary(directory)["params_sha256"]
+    at_first = [rows(d)[0]["meta_train/query/loss"] for d in (directory, tmp_path / "fomaml")]
+    assert at_first[0] == at_first[1]  # same tasks, same parameters, same inner step
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_validation_is_logged_and_changes_nothing(done, tmp_path):
+    directory, _ = done
+    quick(tmp_path, "trainer.validate_every=2", "trainer.validation_tasks=3")
+    valid = [r for r in rows(tmp_path) if "meta_valid/step_2/loss" in r]
+    assert [r["step"] for r in valid] == [2, 4]
+    assert summary(tmp_path)["params_sha256"] == summary(directory)["params_sha256"]
+    left = [r for r in rows(tmp_path) if r not in valid]
+    assert left == rows(directory)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_no_steps_are_the_initialisation(tmp_path):
+    left = quick(tmp_path, "trainer.steps=0")
+    assert left["params_sha256"] == digest(build.learner(config(*SMALL)).state.params)
+    assert steps(tmp_path) == [0]
+    assert rows(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_debugging_nans_changes_no_bit(done, tmp_path):
+    directory, _ = done
+    try:
+        left = quick(tmp_path, "debug=nans", "trainer.steps=4", "trainer.checkpoint_every=2", "evaluation.tasks=4")
+        assert jax.config.jax_debug_nans
+    finally:
+        jax.config.update("jax_debug_nans", False)
+    assert left["params_sha256"] == summary(directory)["params_sha256"]
+    assert [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_how_steps_fall_into_dispatches_changes_no_bit():
+    cfg = config(*SMALL)
+    results = []
+    for seconds in (1e-9, 1e9):
+        learner, logged, ticks = build.learner(cfg), [], []
+        progress = train.begin(learner.state, learner.step, learner.sampler)
+        progress = train.fit(
+            progress,
+            learner.step,
+            learner.sampler,
+            steps=50,
+            log_every=20,
+            log=lambda step, metrics, logged=logged: logged.append((step, dict(metrics))),
+            tick=ticks.append,
+            dispatch_s=seconds,
+        )
+        results.append((digest(progress), logged))
+        assert (len(ticks) == 50) == (seconds < 1)
+    assert results[0] == results[1]
+    assert [step for step, _ in results[0][1]] == [1, 20, 40, 50]
+
+
+# --- evaluation of a run ---
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A finished run on a folder of noise with 6 classes of 8 images, and its overrides."""
+    root = tmp_path_factory.mktemp("classifier")
+    generator = np.random.default_rng(0)
+    for split, names in {"meta_train": "abc", "meta_valid": "de", "meta_test": "fgh"}.items():
+        (root / "images").mkdir(exist_ok=True)
+        (root / "images" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            (root / "images" / name).mkdir()
+            for i in range(8):
+                pixels = generator.integers(0, 256, (8, 8), np.uint8)
+                Image.fromarray(pixels).save(root / "images" / name / f"{i}.png")
+    overrides = [
+        *("task=image_folder", f"task.data_dir={root / 'images'}", "task.image_size=8", "task.channels=1"),
+        *("task.ways=2", "task.queries=2", f"+task.cache_dir={root / 'cache'}", "model=mlp_batch_norm"),
+        *("evaluation=finn2017", "debug=short", "trainer.meta_batch=2", "model.hidden=[8]", "evaluation.steps=2"),
+        *("algorithm.step_size=0.5", "evaluation.tasks=5"),
+    ]
+    (root / "run").mkdir()
+    run.run(config(*overrides), root / "run")
+    return root / "run"
+
+
+def test_a_classifier_leaves_accuracies_and_pictures(classifier):
+    left = summary(classifier)
+    assert {f"meta_test/step_{k}/{m}" for k in range(3) for m in ("loss", "accuracy")} == set(left["metrics"])
+    assert left["protocol"]["ways"] == 2
+    names = {"episode", "step_loss", "step_accuracy", "training_loss", "training_accuracy"}
+    assert {p.stem for p in (classifier / "plots").iterdir()} == names
+
+
+def test_the_same_protocol_gives_the_same_numbers(classifier, done):
+    for directory in (classifier, done[0]):
+        again = evaluate_run(directory)
+        for key in ("metrics", "protocol", "protocol_hash", "params_sha256", "seed"):
+            assert again[key] == summary(directory)[key]
+        assert again["step"] == 4
+
+
+def test_another_protocol_gives_other_numbers_and_another_name(classifier):
+    ended = main(str(classifier), "evaluation=strict", "evaluation.tasks=7", "evaluation.queries=3", program=evaluate)
+    assert ended.code == 0
+    assert ended.err == ""
+    (file,) = (classifier / "evaluations").iterdir()
+    strict, before = json.loads(file.read_text()), summary(classifier)
+    assert strict["protocol_hash"] == file.stem != before["protocol_hash"]
+    assert f"protocol {file.stem}" in ended.out
+    assert strict["protocol"] | {"norm": "support", "tasks": 7, "queries": 3, "steps": 3} == strict["protocol"]
+    assert strict["params_sha256"] == before["params_sha256"]
+    assert {v["n"] for v in strict["metrics"].values()} == {7}
+    assert summary(classifier) == before
+
+
+def test_inductive_and_transductive_numbers_differ(classifier):
+    norms = [evaluate_run(classifier, [f"evaluation.norm={norm}"])["metrics"] for norm in ("batch", "support")]
+    assert norms[0]["meta_test/step_1/loss"] != norms[1]["meta_test/step_1/loss"]
+
+
+def test_evaluation_steps_lengthen_the_curve(done):
+    directory, _ = done
+    curves = [evaluate_run(directory, [f"evaluation.steps={k}"]) for k in (0, 1, 5)]
+    assert [len(c["metrics"]) for c in curves] == [1, 2, 6]
+    longest = curves[-1]["metrics"]
+    assert len({value["mean"] for value in longest.values()}) == 6
+    for curve in curves:  # k steps of evaluation: the same first k numbers
+        for name, value in curve["metrics"].items():
+            assert value["mean"] == pytest.approx(longest[name]["mean"], rel=1e-6)
+    assert len({c["protocol_hash"] for c in curves}) == 3
+
+
+def test_more_tasks_begin_with_the_same_ones(done):
+    directory, _ = done
+    few, more = (evaluate_run(directory, [f"evaluation.tasks={n}"])["metrics"] for n in (1, 150))
+    assert few["meta_test/step_0/loss"]["ci95"] is None
+    assert more["meta_test/step_0/loss"]["n"] == 150
+    assert few["meta_test/step_0/loss"]["mean"] != more["meta_test/step_0/loss"]["mean"]
+
+
+def test_one_class_of_evaluation_cannot_change_what_was_trained(classifier):
+    for override, message in {
+        "model.hidden=[9]": "give evaluation=NAME",
+        "evaluation=nothing": "no such protocol; there are finn2017",
+        "evaluation.stepz=2": "give evaluation=NAME",
+        "evaluation.tasks=many": "many",
+        "evaluation.tasks=0": "evaluation.tasks=0: give",
+        "evaluation.ways=3": "evaluation.ways=3",
+        "evaluation.queries=99": "make shots",
+    }.items():
+        ended = main(str(classifier), override, program=evaluate)
+        assert ended.code == 2
+        assert ended.err.count("\n") == 1
+        assert ended.err.startswith("error: ")
+        assert message in ended.err
+    ended = main(str(classifier / "plots"), program=evaluate)
+    assert (ended.code, ended.out) == (2, "")
+    assert "no checkpoint in" in ended.err
+    assert main(program=evaluate).code == 2
+    assert main("--help", program=evaluate).code == 0
+
+
+def test_image_folders_need_no_more_than_the_config_says(classifier):
+    data = summary(classifier)["config"]["task"]["data_dir"]
+    sampler = image_folder("meta_test", 2, 1, 2, data_dir=data, image_size=8, channels=1)
+    assert sampler(jax.random.split(jax.random.key(0), 1)).support[0].shape == (1, 2, 8, 8, 1)
+
+
+# --- the command line ---
+
+
+def test_the_config_is_shown_from_any_directory(tmp_path):
+    ended = finish(start("--cfg", "job", "trainer.steps=7", "seed=3", cwd=tmp_path))
+    assert ended.code == 0
+    shown = OmegaConf.create(yaml.safe_load(ended.out))
+    assert shown == config("trainer.steps=7", "seed=3")
+    assert list(tmp_path.iterdir()) == []  # nothing is run
+
+
+def test_help_names_the_groups():
+    ended = main("--help")
+    assert ended.code == 0
+    for group in ("algorithm: fomaml, joint, maml", "model: conv4", "experiment: omniglot_20way_1shot_conv"):
+        assert group in ended.out
+
+
+def test_a_multirun_from_another_directory(tmp_path):
+    sweep = ["hydra.sweep.dir=sweep", "hydra.sweep.subdir=${seed}"]
+    process = start("-m", *SMALL, "logger=quiet", *sweep, "seed=0,1", cwd=tmp_path)
+    ended = finish(process)
+    assert ended.code == 0, ended.err
+    first, second = (summary(tmp_path / "sweep" / seed) for seed in "01")
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["params_sha256"] != second["params_sha256"]
+    assert {p.name for p in tmp_path.iterdir()} == {"sweep"}
+
+
+def test_jobs_of_a_multirun_do_not_touch_each_other(done, tmp_path):
+    """Hydra runs them one after the other in one process: the second is what it is alone."""
+    ended = main("-m", *SMALL, f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}", "debug_nans=true,false", "seed=1,0")
+    assert ended.code == 0
+    assert summary(tmp_path / "3")["params_sha256"] == summary(done[0])["params_sha256"]
+    assert metrics_bytes(tmp_path / "3") == metrics_bytes(done[0])
+
+
+def test_runs_go_to_outputs_and_multirun_by_date():
+    ended = main("--cfg", "hydra", "--package", "hydra")
+    hydra = yaml.safe_load(ended.out)
+    assert hydra["run"]["dir"] == "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+    assert hydra["sweep"]["dir"] == "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+    assert hydra["sweep"]["subdir"] == "${hydra:job.override_dirname}"
