@@ -119,6 +119,11 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
     return Protocol(**{name: cfg.evaluation[name] for name in names} | changes)
 
 
+def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
+    sizes = {name: getattr(protocol, name) for name in ("ways", "shots", "queries")}
+    return build_sampler(cfg, protocol.split, **sizes)
+
+
 def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
     """The algorithm's inner loop at the protocol's steps and the evaluation's step size."""
     cfg = cfg.copy()
@@ -133,34 +138,59 @@ def measure(
 ) -> tuple[Protocol, dict[str, Interval]]:
     """Evaluate parameters under the config's protocol, with `changes` (split, tasks, ...)."""
     protocol = build_protocol(cfg, **changes)
-    sizes = {name: getattr(protocol, name) for name in ("ways", "shots", "queries")}
-    sampler = build_sampler(cfg, protocol.split, **sizes)
+    sampler = protocol_sampler(cfg, protocol)
     chunk = train.chunk_size("auto", protocol.tasks, params)
     adapt = build_adapt(cfg, protocol)
     return protocol, evaluate(params, sampler, learner.loss, adapt, protocol, chunk)
 
 
+def check_evaluations(cfg: DictConfig) -> None:
+    """Build what is evaluated later, so that what does not fit the data is refused before hours of training.
+
+    Raises:
+      ValueError: for sizes that a split has not.
+    """
+    protocols = [build_protocol(cfg)]
+    if cfg.trainer.validate_every:
+        protocols.append(build_protocol(cfg, split="meta_valid", tasks=cfg.trainer.validation_tasks))
+    for protocol in protocols:
+        protocol_sampler(cfg, protocol)
+        build_adapt(cfg, protocol)
+
+
+_WHOLE = {
+    **{f"task.{name}": 1 for name in ("ways", "shots", "queries")},
+    **{f"trainer.{name}": 0 for name in ("steps", "validate_every")},
+    **{f"trainer.{name}": 1 for name in ("meta_batch", "log_every", "checkpoint_every", "keep_checkpoints")},
+    **{"trainer.validation_tasks": 1, "algorithm.steps": 0},
+}
+"""The least value of every whole number."""
+
+_POSITIVE = ("algorithm.step_size", "evaluation.step_size", "optimizer.learning_rate")
+
+_SPLITS = ("meta_train", "meta_valid", "meta_test")
+
+
 def check(cfg: DictConfig) -> None:
-    """Refuse what the library cannot see: values that only the programs use, and parts that do not fit each other."""
-    trainer = cfg.trainer
-    for name in ("steps", "validate_every"):
-        if trainer[name] < 0:
-            raise ValueError(f"trainer.{name}={trainer[name]}: give 0 or more")
-    for name in (
-        "meta_batch",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "validation_tasks",
-    ):
-        if trainer[name] < 1:
-            raise ValueError(f"trainer.{name}={trainer[name]}: give 1 or more")
-    for name in ("algorithm.step_size", "evaluation.step_size", "optimizer.learning_rate"):
-        value = OmegaConf.select(cfg, name)
-        if isinstance(value, str) or (isinstance(value, int | float) and not value > 0):
+    """Refuse values under the names that they have in the config, and parts that do not fit each other.
+
+    Raises:
+      ValueError: with argument, value and remedy.
+    """
+    for name in sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{name} has no value: give {name}=...")
+    for name, least in _WHOLE.items():
+        value = OmegaConf.select(cfg, name, default=least)  # a part may do without
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
+    for name in _POSITIVE:
+        value = OmegaConf.select(cfg, name, default=1)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not isinstance(value, DictConfig) and not (number and value > 0):  # a mapping is a schedule
             raise ValueError(f"{name}={value!r}: give a positive number")
     build_protocol(cfg)
-    if "ways" in cfg.task and cfg.evaluation.ways != cfg.task.ways:
-        raise ValueError(
-            f"evaluation.ways={cfg.evaluation.ways}: the model has task.ways={cfg.task.ways} outputs; make them equal"
-        )
+    if cfg.evaluation.split not in _SPLITS:
+        raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
+    ways = cfg.task.get("ways")
+    if cfg.evaluation.ways != ways:
+        raise ValueError(f"evaluation.ways={cfg.evaluation.ways}: training has task.ways={ways}; make them equal")

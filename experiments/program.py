@@ -1,13 +1,18 @@
 """What every program does around its work: one clear line for bad input, and a stop that loses nothing."""
 
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from maml.train import NonFinite
@@ -18,28 +23,62 @@ INTERRUPTED = 75
 
 REFUSALS = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
 
+Job = Callable[[DictConfig], Any]
 
-def run_program(hydra_main: Callable[[], None]) -> None:
-    """Run a Hydra entry point; a refusal is one line on stderr. HYDRA_FULL_ERROR=1 shows the traceback instead."""
+
+class Refused(Exception):
+    """A job of a multirun was refused, and said so."""
+
+
+def run_program(job: Job) -> None:
+    """Run a job as Hydra's program; a refusal is one line on stderr. HYDRA_FULL_ERROR=1 shows the traceback instead."""
+    main = hydra.main(version_base="1.3", config_path="../conf", config_name="config")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return hydra_main()
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises what it would print, and the line below is ours
-    )
+        return main(job)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and the line below is ours
     try:
-        return hydra_main()
-    except REFUSALS as error:
+        return main(_refusing(job))()
+    except Refused:
+        sys.exit(BAD_INPUT)
+    except (HydraException, OmegaConfBaseException) as error:
         refuse(error)
+    except (OSError, ValueError) as error:  # outside of any job: Hydra makes its directory and its log there
+        cause = error.__cause__ or error
+        refuse(OSError(f"hydra.run.dir (with -m hydra.sweep.dir): {cause}; give a directory that can be written"))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+def _refusing(job: Job) -> Job:
+    """The job, with refusals said where they happen: Hydra would add a line of its own, and tell only the first of a multirun."""
+
+    @functools.wraps(job)
+    def wrapped(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except REFUSALS as error:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                refuse(error)
+            complain(error)
+            raise Refused from error  # the other jobs go on
+
+    return wrapped
+
+
 def refuse(error: BaseException) -> NoReturn:
     """Print the error as one line and exit with code 2."""
-    while isinstance(error, InstantiationException) and error.__cause__:
-        error = error.__cause__  # Hydra wraps what a factory raises
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    complain(error)
     sys.exit(BAD_INPUT)
+
+
+def complain(error: BaseException) -> None:
+    """Print the error as one line: what a factory raises without Hydra's words around it, what Hydra says with its reason."""
+    while isinstance(error, InstantiationException) and isinstance(error.__cause__, REFUSALS):
+        error = error.__cause__
+    text = str(error)
+    if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        text += f": {str(error.__cause__).splitlines()[0]}"
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
 
 
 class Interrupt:

@@ -24,9 +24,12 @@ from maml.types import Params
 
 log = logging.getLogger(__name__)
 
-_MAY_CHANGE = ("resume", "logger", "evaluation", "paper", "debug_nans", "task.data_dir", "task.cache_dir",
-               *(f"trainer.{k}" for k in ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_tasks")))  # fmt: skip
-"""Keys that change no bit of the meta-parameters at a given step."""
+_MAY_CHANGE = (
+    *("resume", "logger", "evaluation", "paper", "debug_nans", "task.data_dir", "task.cache_dir"),
+    *("trainer.steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
+    *("trainer.validate_every", "trainer.validation_tasks"),
+)
+"""Keys that change no bit of the meta-parameters and the optimizer's state at a given step."""
 
 
 def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
@@ -66,6 +69,7 @@ def resume(
     """
     if not checkpoints.steps() and cfg.resume is None:
         return progress
+    source = None
     if not checkpoints.steps():
         source = Path(cfg.resume).expanduser()
         if not Checkpoints(source / "checkpoints").steps():
@@ -73,16 +77,25 @@ def resume(
                 f"resume={cfg.resume}: no checkpoint in {source / 'checkpoints'}; give a run directory that has some"
             )
         checkpoints = Checkpoints(source / "checkpoints")
-        if (source / "metrics.jsonl").exists():
-            shutil.copy(source / "metrics.jsonl", directory / "metrics.jsonl")
     _same_config(cfg, checkpoints)
     step, progress = checkpoints.restore(progress) or (0, progress)
     if step > cfg.trainer.steps:
         raise ValueError(
             f"trainer.steps={cfg.trainer.steps}: the run in {checkpoints.directory.parent} has done {step}; give more"
         )
+    if source is not None and (source / "metrics.jsonl").exists():
+        shutil.copy(source / "metrics.jsonl", directory / "metrics.jsonl")
     log.info("continuing %s after meta-step %s", checkpoints.directory.parent, step)
     return progress
+
+
+def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:
+    """What is left, and what to do."""
+    saved = checkpoints.steps()
+    left = f"the last good checkpoint is {checkpoints.directory / str(saved[-1])}" if saved else "no checkpoint was saved"
+    values = {name: OmegaConf.select(cfg, name) for name in ("algorithm.step_size", "optimizer.learning_rate")}
+    lower = " or ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+    return f"{left}; start again with a lower {lower}"
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:

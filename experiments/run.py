@@ -3,10 +3,11 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -30,88 +31,91 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 
     # The parts, as they were left.
     learner = build.learner(cfg)
+    build.check_evaluations(cfg)
     checkpoints = Checkpoints(directory / "checkpoints", cfg.trainer.keep_checkpoints)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     progress = results.resume(cfg, directory, checkpoints, progress)
-    first = int(progress.state.step)
-    loggers = [
-        make(directory, cfg.trainer.steps, first) for make in instantiate(cfg.logger).values()
-    ]
 
-    # What happens along the way.
-    def write(step: int, metrics) -> None:
-        for logger in loggers:
-            logger(step, metrics)
+    with closing(checkpoints), _opened(cfg, directory, int(progress.state.step)) as loggers:
+        progress = _train(cfg, learner, progress, checkpoints, loggers)
+        step, params = int(progress.state.step), progress.state.params
+        if step < cfg.trainer.steps:
+            log.warning("stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues", step, directory)
+            sys.exit(INTERRUPTED)
+        protocol, metrics = build.measure(cfg, learner, params)
+        figures = pictures.draw(cfg, learner, params, protocol, metrics) | pictures.training_curves(directory)
+        for name, figure in figures.items():
+            plots.save(figure, directory / "plots" / f"{name}.png")
+            _tell(loggers, "image", name, figure, step)
 
-    def save(progress: train.Progress) -> None:
-        checkpoints.save(int(progress.state.step), progress, results.plain(cfg, resolve=False))
-
-    def validate(progress: train.Progress) -> None:
-        tasks = cfg.trainer.validation_tasks
-        _, metrics = build.measure(
-            cfg, learner, progress.state.params, split="meta_valid", tasks=tasks
-        )
-        write(int(progress.state.step), {f"meta_valid/{k}": v.mean for k, v in metrics.items()})
-
-    # Train.
-    with Interrupt() as interrupted:
-        progress = train.fit(
-            progress,
-            learner.step,
-            learner.sampler,
-            steps=cfg.trainer.steps,
-            log_every=cfg.trainer.log_every,
-            log=lambda step, metrics: write(
-                step, {f"meta_train/{k}": v for k, v in metrics.items()}
-            ),
-            every=[
-                (n, f)
-                for n, f in (
-                    (cfg.trainer.validate_every, validate),
-                    (cfg.trainer.checkpoint_every, save),
-                )
-                if n
-            ],
-            tick=lambda step: [
-                logger.progress(step) for logger in loggers if hasattr(logger, "progress")
-            ],
-            stop=interrupted,
-        )
-        save(progress)
-    checkpoints.close()
-    if int(progress.state.step) < cfg.trainer.steps:
-        log.warning(
-            "stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues",
-            progress.state.step,
-            directory,
-        )
-        sys.exit(INTERRUPTED)
-
-    # Evaluate.
-    protocol, metrics = build.measure(cfg, learner, progress.state.params)
-    figures = pictures.draw(cfg, learner, progress.state.params, protocol, metrics)
-    for name, figure in (figures | pictures.training_curves(directory)).items():
-        plots.save(figure, directory / "plots" / f"{name}.png")
-        for logger in loggers:
-            if hasattr(logger, "image"):
-                logger.image(name, figure, cfg.trainer.steps)
-    for logger in loggers:
-        logger.close()
-    summary = results.summarize(
-        cfg, protocol, metrics, progress.state.params, time.monotonic() - start
-    )
+    summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
     results.save(directory / "summary.json", summary)
     log.info(results.table(summary))
     return summary
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def _main(cfg: DictConfig) -> None:
+def _train(
+    cfg: DictConfig,
+    learner: build.Learner,
+    progress: train.Progress,
+    checkpoints: Checkpoints,
+    loggers: Sequence[Any],
+) -> train.Progress:
+    """Train to the last step, or until a signal comes; log, validate and save along the way and at the end."""
+
+    def write(kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        for logger in loggers:
+            logger(step, {f"{kind}/{name}": value for name, value in metrics.items()})
+
+    def save(progress: train.Progress) -> None:
+        checkpoints.save(int(progress.state.step), progress, results.plain(cfg, resolve=False))
+
+    def validate(progress: train.Progress) -> None:
+        changes = {"split": "meta_valid", "tasks": cfg.trainer.validation_tasks}
+        _, metrics = build.measure(cfg, learner, progress.state.params, **changes)
+        write("meta_valid", int(progress.state.step), {k: v.mean for k, v in metrics.items()})
+
+    every = [(cfg.trainer.validate_every, validate), (cfg.trainer.checkpoint_every, save)]
+    with Interrupt() as interrupted:
+        try:
+            progress = train.fit(
+                progress,
+                learner.step,
+                learner.sampler,
+                steps=cfg.trainer.steps,
+                log_every=cfg.trainer.log_every,
+                log=lambda step, metrics: write("meta_train", step, metrics),
+                every=[(period, callback) for period, callback in every if period],
+                tick=lambda step: _tell(loggers, "progress", step),
+                stop=interrupted,
+            )
+        except train.NonFinite as error:
+            raise train.NonFinite(f"{error}; {results.after_divergence(cfg, checkpoints)}") from error
+        save(progress)
+    return progress
+
+
+@contextmanager
+def _opened(cfg: DictConfig, directory: Path, first: int) -> Iterator[list[Any]]:
+    """The loggers of the config, which go on from meta-step `first`."""
+    with ExitStack() as stack:
+        makers = instantiate(cfg.logger).values()
+        yield [stack.enter_context(closing(make(directory, cfg.trainer.steps, first))) for make in makers]
+
+
+def _tell(loggers: Sequence[Any], what: str, *arguments: Any) -> None:
+    """Call the method of those loggers that have it."""
+    for logger in loggers:
+        if hasattr(logger, what):
+            getattr(logger, what)(*arguments)
+
+
+def job(cfg: DictConfig) -> None:
     run(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 def main() -> None:
-    run_program(_main)
+    run_program(job)
 
 
 if __name__ == "__main__":

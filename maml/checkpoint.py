@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,28 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.keep = keep
         self._manager: Any = None
+        self._damaged: set[int] = set()
+        self._swept = False
 
     def steps(self) -> list[int]:
-        """The saved steps, oldest first, without touching the file system."""
+        """The saved steps, oldest first."""
         names = [p.name for p in self.directory.iterdir()] if self.directory.is_dir() else []
         return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, step: int, tree, config: Mapping[str, Any]) -> None:
-        """Save a pytree under `step`, once: a step that is there already is left as it is."""
+        """Save a pytree under `step`, once: a step that is there already is left as it is, unless it was found damaged."""
         import orbax.checkpoint as ocp
 
-        if step in self.steps():
+        if step in set(self.steps()) - self._damaged:
             return
         meta = {"sha256": digest(tree), "config": dict(config)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(tree)), meta=ocp.args.JsonSave(meta))
         try:
+            self._sweep()
             self._open().save(step, args=args, force=True)
-        except OSError as e:
-            raise OSError(f"could not save step {step} in {self.directory}: {e}") from e
+        except (OSError, ValueError) as e:  # the storage library says ValueError for a full disk
+            left = f"those of steps {self.steps()} stay" if self.steps() else "none was saved before"
+            raise OSError(f"could not save step {step} in {self.directory}: {_line(e)}; {left}") from e
 
     def config(self) -> Mapping[str, Any] | None:
         """The configuration that the newest readable checkpoint was saved with, or None without checkpoints."""
@@ -83,6 +88,7 @@ class Checkpoints:
             try:
                 return step, self._restore(step, template)
             except Exception as e:
+                self._damaged.add(step)
                 log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
         if self.steps():
             raise Damaged(f"no checkpoint in {self.directory} can be read: delete it to start anew")
@@ -92,6 +98,16 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+    def _sweep(self) -> None:
+        """Before the first save: remove the halves that a kill left, and what was found damaged and is now made again."""
+        if not self._swept:
+            self.close()  # Orbax remembers what it saw
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path)
+            for step in self._damaged:
+                shutil.rmtree(self.directory / str(step))
+            self._damaged, self._swept = set(), True
 
     def _restore(self, step: int, template):
         flat = _flat(template)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from maml.metrics import Interval, interval
 from maml.objectives import check_norm, with_norm
 from maml.random import keys_for
-from maml.types import Adapt, Loss, Params, Sampler
+from maml.types import Adapt, Loss, Params, Sampler, as_argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,36 +60,38 @@ class Protocol:
 
 
 def evaluate(
-    params: Params,
-    sampler: Sampler,
-    loss: Loss,
-    adapt: Adapt,
-    protocol: Protocol,
-    chunk: int = 1,
+    params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1
 ) -> dict[str, Interval]:
     """Mean and 95 % interval over tasks of each query metric after each inner step: `step_0/loss`, `step_1/loss`, ...
 
     `adapt` takes `protocol.steps` steps and `sampler` draws tasks of the protocol's sizes. Nothing is differentiated with
-    respect to the meta-parameters, so the memory is that of plain training. Tasks are drawn inside, a chunk at a time, and
+    respect to the meta-parameters, so the memory is that of plain training. Tasks are drawn inside, `chunk` at a time, and
     depend on the protocol's seed and their index alone. A progress bar appears after 2 s where stderr is a terminal.
     """
+    return evaluator(sampler, loss, adapt, protocol, chunk)(params)
+
+
+def evaluator(
+    sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1
+) -> Callable[[Params], dict[str, Interval]]:
+    """`evaluate` as a function of the parameters, compiled once: for validation during training."""
     root = jax.random.key(protocol.seed)
     block = min(100, protocol.tasks)
-    if not isinstance(sampler, jax.tree_util.Partial):
-        sampler = jax.tree_util.Partial(sampler)
 
     @jax.jit
     def run(params, sampler, start):
         keys = keys_for(root, protocol.split, 0, block, start)
         return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk)
 
-    starts = range(0, protocol.tasks, block)
-    bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
-    blocks = [jax.device_get(run(params, sampler, jnp.int32(start))) for start in bar]
-    values = {k: np.concatenate([b[k] for b in blocks])[: protocol.tasks] for k in blocks[0]}
-    return {
-        f"step_{step}/{name}": interval(v[:, step]) for name, v in values.items() for step in range(protocol.steps + 1)
-    }
+    def measure(params):
+        starts = range(0, protocol.tasks, block)
+        bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
+        blocks = [jax.device_get(run(params, as_argument(sampler), np.int32(start))) for start in bar]
+        values = {k: np.concatenate([b[k] for b in blocks])[: protocol.tasks] for k in blocks[0]}
+        steps = range(protocol.steps + 1)
+        return {f"step_{i}/{name}": interval(v[:, i]) for name, v in values.items() for i in steps}
+
+    return measure
 
 
 def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, key):

@@ -131,7 +131,7 @@ class Progress(NamedTuple):
 
 
 class NonFinite(ArithmeticError):
-    """The outer loss or its gradient is no number any more."""
+    """The outer loss, its gradient or the updated meta-parameters are no numbers any more."""
 
 
 def begin(state: MetaState, step: MetaStep, sampler: Sampler) -> Progress:
@@ -165,7 +165,7 @@ def fit(
 
     Raises:
       ValueError: for a log_every below 1.
-      NonFinite: when the outer loss or its gradient is not finite; names the meta-step.
+      NonFinite: when the outer loss, its gradient or the update is not finite, before any callback; names the meta-step.
     """
     periods = [log_every, *(n for n, _ in every)]
     if min(periods) < 1:
@@ -179,7 +179,7 @@ def fit(
         done = int(jax.device_get(progress.state.step))
         lengths.measure()
         if not jax.device_get(finite):
-            raise NonFinite(f"the outer loss or its gradient is not finite at meta-step {done}")
+            raise NonFinite(f"the outer loss, its gradient or the update is not finite at meta-step {done}")
         tick(done)
         if done == 1 or done % log_every == 0 or done == steps:
             window = jax.device_get(progress.window)
@@ -205,7 +205,8 @@ def compile_loop(step: MetaStep):
     def advance(progress: Progress, sampler: Sampler, length):
         carry = jnp.zeros_like(length), progress, jnp.array(True), sampler
         _, progress, finite, _ = lax.while_loop(lambda c: (c[0] < length) & c[2], body, carry)
-        return progress, finite
+        # The last update may overflow after a finite loss, and is never to be saved.
+        return progress, jnp.stack([finite, *(jnp.isfinite(x).all() for x in jax.tree.leaves(progress.state.params))]).all()
 
     return jax.jit(advance)
 

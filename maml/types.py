@@ -102,3 +102,8 @@ class Sampler(Protocol):
     """
 
     def __call__(self, keys: Key, /) -> Task: ...
+
+
+def as_argument(sampler: Sampler) -> Sampler:
+    """A sampler as a pytree, so that the arrays it holds enter a compiled program as arguments, not as constants."""
+    return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
