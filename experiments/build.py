@@ -177,20 +177,27 @@ def check(cfg: DictConfig) -> None:
     Raises:
       ValueError: with argument, value and remedy.
     """
-    for name in sorted(OmegaConf.missing_keys(cfg)):
-        raise ValueError(f"{name} has no value: give {name}=...")
     for name, least in _WHOLE.items():
-        value = OmegaConf.select(cfg, name, default=least)  # a part may do without
+        value = _value(cfg, name, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     for name in _POSITIVE:
-        value = OmegaConf.select(cfg, name, default=1)
+        value = _value(cfg, name, 1)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not isinstance(value, DictConfig) and not (number and value > 0):  # a mapping is a schedule
             raise ValueError(f"{name}={value!r}: give a positive number")
+    for name in sorted(OmegaConf.missing_keys(cfg)):  # after the numbers: it follows interpolations
+        raise ValueError(f"{name} has no value: give {name}=...")
     build_protocol(cfg)
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
     ways = cfg.task.get("ways")
     if cfg.evaluation.ways != ways:
         raise ValueError(f"evaluation.ways={cfg.evaluation.ways}: training has task.ways={ways}; make them equal")
+
+
+def _value(cfg: DictConfig, name: str, default: Any) -> Any:
+    """The value of a dotted key, also if that is null; the default where the part does without it, or it is not set."""
+    part, _, key = name.rpartition(".")
+    node = OmegaConf.select(cfg, part)
+    return node[key] if isinstance(node, DictConfig) and key in node else default

@@ -88,7 +88,7 @@ def load(directory: Path) -> Run:
         config = summary.get("config") or _yaml(directory / ".hydra/config.yaml")
         choices, overrides = _choices(directory), _overrides(directory)
         at = "the node `paper` of the config"
-        source, paper = _paper_figures(config, choices)
+        source, paper = _paper_figures(config, choices, summary.get("protocol") or {})
     except _ERRORS as error:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
@@ -122,9 +122,19 @@ def _records(directory: Path) -> list[dict[str, Any]]:
     return read_json_lines(path) if path.exists() else []
 
 
-def _paper_figures(config: dict[str, Any], choices: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """The source, and the figures by metric: of `paper.metrics` and of the run's algorithm."""
+def _paper_figures(
+    config: dict[str, Any], choices: dict[str, str], protocol: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The source, and the figures by metric: of `paper.metrics` and of the run's algorithm.
+
+    None where the run is of another task or protocol than the figures: `paper.task` and `paper.protocol` say of which they are.
+    """
     paper = config.get("paper") or {}
+    same_task = (config.get("task") or {}).get("_target_") == paper.get(
+        "task", (config.get("task") or {}).get("_target_")
+    )
+    if not same_task or any(protocol.get(k) != v for k, v in (paper.get("protocol") or {}).items()):
+        return NONE, {}
     algorithm = (config.get("algorithm") or {}).get("name", choices.get("algorithm"))
     own = (paper.get("figures") or {}).get(algorithm) or {}
     figures = {k: _figure(v) for k, v in ((paper.get("metrics") or {}) | own).items()}

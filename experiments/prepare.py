@@ -2,7 +2,7 @@
 
     python -m experiments.prepare name=omniglot data_dir=DIR
 
-Needs `pip install 'maml[prepare]'`, and the network or the original archives in
+Needs `pip install -e '.[prepare]'`, and the network or the original archives in
 DIR/downloads/manual/. The result is DIR/omniglot/3.0.0, to be copied wherever it is wanted.
 """
 

@@ -65,7 +65,7 @@ class Checkpoints:
             self._open().save(step, args=args, force=True)
         except (OSError, ValueError) as e:  # the storage library says ValueError for a full disk
             left = f"those of steps {self.steps()} stay" if self.steps() else "none was saved before"
-            raise OSError(f"could not save step {step} in {self.directory}: {_line(e)}; {left}") from e
+            raise OSError(f"could not save step {step} in {self.directory}: {e}; {left}") from e
 
     def config(self) -> Mapping[str, Any] | None:
         """The configuration that the newest readable checkpoint was saved with, or None without checkpoints."""

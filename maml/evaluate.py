@@ -30,6 +30,8 @@ class Protocol:
       steps: inner steps; metrics are reported after 0, 1, ..., steps.
       norm: "batch" (transductive: statistics of the query set) or "support" (inductive); see `objectives.query_loss`.
       seed: of the draw of the tasks.
+      task: the task distribution in words (data set, class split, rotations, ...).
+      step_size: of the inner steps, where it is one number.
 
     Raises:
       ValueError: for sizes that are not positive, negative steps, an unknown norm.
@@ -43,6 +45,8 @@ class Protocol:
     steps: int = 1
     norm: str = "batch"
     seed: int = 0
+    task: str = ""
+    step_size: float | None = None
 
     def __post_init__(self):
         for name in ("tasks", "shots", "queries"):
@@ -84,6 +88,7 @@ def evaluator(
         return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk)
 
     def measure(params):
+        _check_sizes(params, sampler, loss, adapt, protocol)
         starts = range(0, protocol.tasks, block)
         bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
         blocks = [jax.device_get(run(params, as_argument(sampler), np.int32(start))) for start in bar]
@@ -92,6 +97,24 @@ def evaluator(
         return {f"step_{i}/{name}": interval(v[:, i]) for name, v in values.items() for i in steps}
 
     return measure
+
+
+def _check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol) -> None:
+    """Refuse tasks and inner loops that are not the protocol's, before anything is measured under its name."""
+    task = jax.eval_shape(sampler, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)))
+    for name, side in (("shots", task.support), ("queries", task.query)):
+        expected = (protocol.ways or 1) * getattr(protocol, name)
+        drawn = jax.tree.leaves(side)[0].shape[1]
+        if drawn != expected:
+            raise ValueError(
+                f"{name}: the sampler draws {drawn} examples and the protocol has {expected}; make them equal"
+            )
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), task.support)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trace = jax.eval_shape(lambda p, s, k: adapt(loss, p, s, k), params, one, key).trace
+    steps = jax.tree.leaves(trace.params)[0].shape[0]
+    if steps != protocol.steps:
+        raise ValueError(f"steps: the inner loop takes {steps} and the protocol has {protocol.steps}; make them equal")
 
 
 def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, key):

@@ -33,7 +33,7 @@ def unroll(optimizer: optax.GradientTransformation, steps: int, derivative: Deri
         def step(carry, key):
             params, state = carry
             grads, metrics = gradient(params, support, key)
-            updates, state = optimizer.update(_nonzero(grads), state, params)
+            updates, state = _update(optimizer, grads, state, params)
             params = optax.apply_updates(params, updates)
             return (params, state), Trace(params, metrics)
 
@@ -51,14 +51,21 @@ def unroll(optimizer: optax.GradientTransformation, steps: int, derivative: Deri
     return adapt
 
 
-def _nonzero(grads: Params) -> Params:
-    """Move gradients that are exactly zero off zero by 1e-15, with derivative one.
+def _update(optimizer: optax.GradientTransformation, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+    """The optimizer's update and state: their values at the gradient, their derivatives 1e-15 beside it where it is zero.
 
-    Adam and its kin take the root of a running mean of squares and norms take the root of a sum: at zero the derivative of
-    the root is infinite and the chain rule gives inf · 0 = NaN in the meta-gradient (optax #882), although the map from
-    gradient to update is smooth but for its scale. The nudge changes an update by less than 1e-7 of a step.
+    Adam and its kin take the root of a running mean of squares, and norms the root of a sum: at zero the derivative of the
+    root is infinite, and the chain rule gives inf · 0 = NaN in the meta-gradient (optax #882), although the map from gradient to
+    update has a derivative there. The values are optax's own to the bit.
     """
-    return jax.tree.map(lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads)
+    values = optimizer.update(*jax.tree.map(lax.stop_gradient, (grads, state, params)))
+    beside = jax.tree.map(lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads)
+    moved = optimizer.update(beside, state, params)
+
+    def join(value, moved):
+        return value + (moved - lax.stop_gradient(moved)) if jnp.issubdtype(moved.dtype, jnp.inexact) else value
+
+    return jax.tree.map(join, values, moved)
 
 
 def only(where: Any, adapt: Adapt) -> Adapt:

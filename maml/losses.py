@@ -1,10 +1,25 @@
 """Losses: each a factory from a forward function `apply(params, inputs)` to `loss(params, batch, key)`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from maml.types import Apply, Loss
+from maml.types import Apply, Conditioned, Loss, Params
+
+
+def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
+    """apply(params, inputs), where `apply` can be conditioned if the parameters are.
+
+    Raises:
+      ValueError: for parameters with a reference of batch norm and an `apply` that was not made by `models.functional`.
+    """
+    if isinstance(params, Conditioned) and not getattr(apply, "takes_conditioned", False):
+        raise ValueError(
+            "norm='support' needs an apply from maml.models.functional: use norm='batch', or an NNX module"
+        )
+    return apply(params, inputs)
 
 
 def mse(apply: Apply) -> Loss:
@@ -17,7 +32,7 @@ def mse(apply: Apply) -> Loss:
     def loss(params, batch, key):
         del key
         inputs, targets = batch
-        outputs = apply(params, inputs)
+        outputs = _forward(apply, params, inputs)
         if outputs.shape != targets.shape:
             raise ValueError(f"mse: outputs {outputs.shape} and targets {targets.shape} differ in shape")
         value = jnp.mean(jnp.square(outputs - targets))
@@ -36,7 +51,7 @@ def cross_entropy(apply: Apply) -> Loss:
     def loss(params, batch, key):
         del key
         inputs, labels = batch
-        logits = apply(params, inputs)
+        logits = _forward(apply, params, inputs)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
         value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))

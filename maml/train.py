@@ -206,7 +206,9 @@ def compile_loop(step: MetaStep):
         carry = jnp.zeros_like(length), progress, jnp.array(True), sampler
         _, progress, finite, _ = lax.while_loop(lambda c: (c[0] < length) & c[2], body, carry)
         # The last update may overflow after a finite loss, and is never to be saved.
-        return progress, jnp.stack([finite, *(jnp.isfinite(x).all() for x in jax.tree.leaves(progress.state.params))]).all()
+        return progress, jnp.stack(
+            [finite, *(jnp.isfinite(x).all() for x in jax.tree.leaves(progress.state.params))]
+        ).all()
 
     return jax.jit(advance)
 

@@ -80,11 +80,13 @@ def _own_logging():
     root, handlers, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging, "_handlerList", [])
-        yield
-        for handler in set(root.handlers) - set(handlers):
-            handler.close()
-        root.handlers[:] = handlers
-        root.setLevel(level)
+        try:
+            yield
+        finally:
+            for handler in set(root.handlers) - set(handlers):
+                handler.close()
+            root.handlers[:] = handlers
+            root.setLevel(level)
 
 
 def start(*arguments: str, program: str = "experiments.run", cwd=None, **keywords) -> subprocess.Popen:
@@ -93,9 +95,7 @@ def start(*arguments: str, program: str = "experiments.run", cwd=None, **keyword
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, **keywords
-    )
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, **keywords)
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> Ended:

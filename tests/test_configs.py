@@ -87,7 +87,10 @@ def two_steps(*overrides: str):
     logged = {}
     progress = train.fit(progress, learner.step, learner.sampler, steps=2, log_every=1, log=logged.__setitem__)
     protocol, metrics = build.measure(cfg, learner, progress.state.params)
-    moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (learner.state.params, progress.state.params)), strict=True)]
+    moved = [
+        np.any(a != b)
+        for a, b in zip(*map(jax.tree.leaves, (learner.state.params, progress.state.params)), strict=True)
+    ]
     assert any(moved)
     assert len(metrics) % (protocol.steps + 1) == 0
     assert all(np.isfinite(value.mean) for value in metrics.values())
@@ -119,7 +122,9 @@ def test_every_file_composes_and_its_interpolations_resolve(file):
 def test_files_lie_in_groups_that_the_defaults_name():
     defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     groups = {next(iter(entry)) for entry in defaults if isinstance(entry, dict)}
-    assert groups == set(NAMES) == set("task model algorithm optimizer trainer logger evaluation experiment debug".split())
+    assert (
+        groups == set(NAMES) == set("task model algorithm optimizer trainer logger evaluation experiment debug".split())
+    )
 
 
 @pytest.mark.parametrize("name", RELIABLE)
@@ -131,8 +136,11 @@ def test_reliable_names(name):
 
 @pytest.mark.parametrize(
     "override",
-    """trainer.steps=five trainer.meta_batch=2.5 trainer.log_every=[1] seed=zero debug_nans=perhaps evaluation.tasks=many
-    evaluation.step_size=big trainer.stepz=5 evaluation.task=5 sead=0 trainer.steps=null""".split(),
+    [
+        *("trainer.steps=five", "trainer.meta_batch=2.5", "trainer.log_every=[1]", "trainer.steps=null"),
+        *("seed=zero", "debug_nans=perhaps", "evaluation.tasks=many", "evaluation.step_size=big"),
+        *("trainer.stepz=5", "evaluation.task=5", "sead=0"),
+    ],
 )
 def test_wrong_types_and_names_are_refused_at_the_top_level(override):
     with pytest.raises(HydraException, match=re.escape(override.split("=")[0])):
@@ -159,8 +167,7 @@ def slow_if(slow: bool, *values):
 # By default each network once with each algorithm, and each experiment once.
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [(n, []) for n in EXPERIMENTS]
-    + [slow_if("5shot" in n, n, ["algorithm=fomaml"]) for n in EXPERIMENTS],
+    [(n, []) for n in EXPERIMENTS] + [slow_if("5shot" in n, n, ["algorithm=fomaml"]) for n in EXPERIMENTS],
 )
 @pytest.mark.usefixtures("synthetic", "_quick_compiler")
 def test_every_experiment_runs(name, overrides):
@@ -177,9 +184,7 @@ def tfds_dir() -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "name", [slow_if(n != "omniglot_5way_1shot_mlp", n) for n in EXPERIMENTS if "omniglot" in n]
-)
+@pytest.mark.parametrize("name", [slow_if(n != "omniglot_5way_1shot_mlp", n) for n in EXPERIMENTS if "omniglot" in n])
 @pytest.mark.usefixtures("_quick_compiler")
 def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
     logged, _ = two_steps(f"experiment={name}", f"task.data_dir={tfds_dir()}", f"+task.cache_dir={tmp_path}")

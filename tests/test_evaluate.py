@@ -102,3 +102,13 @@ def test_no_second_order_graph_is_kept_at_test_time():
 
     # The path of parameters is kept (600 numbers a step): anything like activations and their tangents would be more.
     assert temporaries(50) - temporaries(1) < 50 * 600 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"shots": 3}, "shots"), ({"queries": 1}, "queries"), ({"steps": 2}, "steps"), ({"ways": 2}, "shots")],
+)
+def test_tasks_and_loops_of_another_protocol_are_refused(change, message):
+    protocol = dataclasses.replace(PROTOCOL, **change)
+    with pytest.raises(ValueError, match=message):
+        evaluate(jnp.array([[0.0]]), lines, line_loss(), unroll(optax.sgd(0.1), 3), protocol)

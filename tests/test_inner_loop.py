@@ -239,3 +239,21 @@ def test_only_everything_is_the_plain_loop_and_nothing_is_refused():
 def test_a_wrong_number_of_steps_is_refused_at_the_factory(steps):
     with pytest.raises(ValueError, match="steps="):
         unroll(optax.sgd(0.1), steps)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "sign_sgd", "lion", "yogi"])
+def test_a_parameter_without_gradient_moves_as_in_optax(name):
+    optimizer = OPTIMIZERS[name]() if name in OPTIMIZERS else getattr(optax, name)(0.1)
+    params = {"a": jnp.ones(3), "b": jnp.zeros(3)}
+
+    def loss(params, batch, key):
+        del key
+        value = (params["b"] * batch).sum() + 0.0 * params["a"].sum()
+        return value, {"loss": value}
+
+    adapted = unroll(optimizer, 3)(loss, params, jnp.ones(3), KEY)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update({"a": jnp.zeros(3), "b": jnp.ones(3)}, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), adapted.params, params)

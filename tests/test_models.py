@@ -137,3 +137,15 @@ def test_conv4_refuses_what_it_cannot_be():
         Conv4((8, 8, 1), 5, pool="max", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="takes images"):
         Conv4((1,), 5, rngs=nnx.Rngs(0))
+
+
+def test_random_state_is_refused_since_apply_has_no_key():
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.dropout = nnx.Linear(3, 2, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.linear(x))
+
+    with pytest.raises(ValueError, match="random state"):
+        functional(Noisy(nnx.Rngs(0)))

@@ -66,3 +66,10 @@ def test_a_linen_module_trains_by_its_own_apply():
     for _ in range(60):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, slope(params))
     assert value(params) < 0.1 * before
+
+
+def test_inductive_statistics_need_an_apply_that_takes_them():
+    module = linen.Dense(1)
+    objective = query_loss(mse(module.apply), unroll(optax.sgd(0.1), 1), "support")
+    with pytest.raises(ValueError, match="maml.models.functional"):
+        objective(module.init(KEY, jnp.ones((1, 1))), line_task(), KEY, 0)

@@ -20,7 +20,11 @@ def test_the_example_runs_and_learns(capsys):
     exec(compile(example, "README.md", "exec"), scope)
     protocol = scope["protocol"]
     result = scope["evaluate"](
-        scope["progress"].state.params, scope["sampler"], scope["loss"], scope["unroll"](scope["optax"].sgd(0.01), 10), protocol
+        scope["progress"].state.params,
+        scope["sampler"],
+        scope["loss"],
+        scope["unroll"](scope["optax"].sgd(0.01), 10),
+        protocol,
     )
     assert result["step_10/loss"].mean < 0.5 * result["step_0/loss"].mean
     assert "step_10/loss" in capsys.readouterr().out

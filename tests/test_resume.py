@@ -313,7 +313,9 @@ for step in range(100000):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))])
 def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, seed):
-    process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     for _ in range(3):
         process.stdout.readline()
@@ -329,7 +331,8 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, seed):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path):
-    job = [*RUN, "trainer.steps=12000", "trainer.checkpoint_every=100", "trainer.log_every=70", "trainer.keep_checkpoints=3"]
+    steps_etc = ("trainer.steps=12000", "trainer.checkpoint_every=100", "trainer.log_every=70")
+    job = [*RUN, *steps_etc, "trainer.keep_checkpoints=3"]
     cfg = config(*job)
     (tmp_path / "whole").mkdir()
     begin = time.monotonic()
@@ -404,8 +407,14 @@ def test_resume_without_checkpoint_is_refused(tmp_path, there):
 def test_what_changes_no_parameter_may_change(whole, left_at):
     directory = left_at(16)
     changes = (
-        *("trainer.log_every=5", "trainer.checkpoint_every=7", "trainer.keep_checkpoints=2", "trainer.validate_every=20"),
-        *("trainer.validation_tasks=3", "evaluation.tasks=3", "evaluation.steps=2", "logger=default"),
+        *("trainer.log_every=5", "trainer.checkpoint_every=7", "trainer.keep_checkpoints=2"),
+        *(
+            "trainer.validate_every=20",
+            "trainer.validation_tasks=3",
+            "evaluation.tasks=3",
+            "evaluation.steps=2",
+            "logger=default",
+        ),
         *("paper={source: mine, figures: {}}", "debug_nans=false"),
     )
     go(directory, *changes)

@@ -73,7 +73,8 @@ def test_a_run_leaves_the_composed_config(done):
     directory, _ = done
     left = OmegaConf.load(directory / ".hydra" / "config.yaml")
     assert left == config(*SMALL)
-    assert f"hydra.run.dir={directory}" in yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text())["hydra"]["overrides"]["hydra"]
+    overrides = yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text())["hydra"]["overrides"]
+    assert f"hydra.run.dir={directory}" in overrides["hydra"]
 
 
 def test_a_run_leaves_metrics(done):
@@ -88,16 +89,17 @@ def test_a_run_leaves_metrics(done):
 def test_a_run_leaves_a_summary(done):
     directory, _ = done
     left = summary(directory)
-    assert {"metrics", "protocol", "protocol_hash", "params_sha256", "seed", "versions", "device", "wall_time_s"} <= set(left)
+    keys = "metrics protocol protocol_hash params_sha256 seed versions device wall_time_s"
+    assert set(keys.split()) <= set(left)
     assert set(left["metrics"]) == {f"meta_test/step_{k}/loss" for k in range(3)}
     for value in left["metrics"].values():
         assert set(value) == {"mean", "ci95", "n"}
         assert value["n"] == 4
         assert value["mean"] > 0
         assert value["ci95"] > 0
-    expected = {"split": "meta_test", "tasks": 4, "ways": None, "shots": 5, "queries": 5, "steps": 2, "norm": "batch", "seed": 0}
-    assert left["protocol"] == expected
-    text = json.dumps(expected, sort_keys=True)
+    expected = {"split": "meta_test", "tasks": 4, "ways": None, "shots": 5, "queries": 5, "steps": 2, "norm": "batch"}
+    assert expected.items() <= left["protocol"].items()
+    text = json.dumps(left["protocol"], sort_keys=True)
     assert left["protocol_hash"] == hashlib.sha256(text.encode()).hexdigest()[:8]
     assert left["seed"] == 0
     assert left["versions"]["jax"] == jax.__version__

@@ -1,5 +1,6 @@
 """The four-block convolutional networks of few-shot learning."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -74,10 +75,15 @@ class Conv4(nnx.Module):
 def _max_pool(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch half_height half_width channels"]:
-    """2×2 max-pool by a reshape: derivatives of any order and mode, without `reduce_window` and its scatter."""
-    batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    """2×2 max-pool (VALID: odd borders are cut); of equal values the first counts, as in TensorFlow.
+
+    Not by `max`, whose derivative compares the maximum with its arguments: where a compiler computes one of them again with
+    other roundings no argument is equal, and the derivative is lost (XLA on CPU does so in second order). A choice by
+    a comparison has always exactly one derivative, of any order and mode.
+    """
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    corners = [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
+    return functools.reduce(lambda a, b: jnp.where((a >= b) | (a != a), a, b), corners)
 
 
 def _convolution() -> Callable:

@@ -15,13 +15,24 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
     every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit.
     The module itself is left as it was.
+
+    Raises:
+      ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
     """
     model = nnx.clone(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.BatchNorm):
             module.momentum = 0.0  # a "running average" that is the last batch
             module.use_running_average = False
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        if hasattr(module, "use_fast_variance"):
+            # E[x²] - E[x]² cancels in float32, and is clipped by a `max` whose derivative is not safe (models.conv._max_pool).
+            module.use_fast_variance = False
+    graphdef, params, random, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    if jax.tree.leaves(random):
+        raise ValueError(
+            "the module holds random state (dropout?), and apply(params, inputs) has no key: build it without rngs for what is "
+            "drawn at each call, or write a loss that hands its key to the module"
+        )
 
     def apply(params, inputs):
         state = _fresh(rest, params)
@@ -33,6 +44,7 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
         settled, state = nnx.split(model)
         return lax.map(lambda x: nnx.merge(settled, state)(x[None])[0], inputs)
 
+    apply.takes_conditioned = True
     return apply, params
 
 

@@ -192,7 +192,7 @@ def prepare(name: str, data_dir: str | None = None) -> Any:
     import requests  # TFDS downloads with it
 
     if importlib.util.find_spec("tensorflow") is None:
-        raise ModuleNotFoundError("preparing a data set needs TensorFlow: pip install 'maml[prepare]'")
+        raise ModuleNotFoundError("preparing a data set needs TensorFlow: in a checkout, pip install -e '.[prepare]'")
     data_dir = _data_dir(data_dir)
     builder = _builder(name, data_dir)
     manual = Path(data_dir, "downloads", "manual")
@@ -220,7 +220,7 @@ def _reachable(url: str) -> bool:
 def _absent(name: str, data_dir: str) -> str:
     return (
         f"data_dir={data_dir!r}: {name!r} is not there as array_record. Either (1) on a machine "
-        "with network run `pip install 'maml[prepare]'` and `python -m experiments.prepare "
+        "with network and a checkout run `pip install -e '.[prepare]'` and `python -m experiments.prepare "
         f"name={name} data_dir=DIR`, or (2) copy a prepared directory and set task.data_dir=DIR, "
         "or (3) put the original archives into DIR/downloads/manual/ and run (1) without network"
     )

@@ -29,9 +29,9 @@ def sinusoid(
     for name, size in (("shots", shots), ("queries", queries)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r}: give a whole number of points, 1 or more")
-    for name, (low, high) in (("amplitude", amplitude), ("phase", phase), ("inputs", inputs)):
-        if not low < high:
-            raise ValueError(f"{name}=({low}, {high}): give a range (low, high) with low < high")
+    for name, bounds in (("amplitude", amplitude), ("phase", phase), ("inputs", inputs)):
+        if len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise ValueError(f"{name}={tuple(bounds)}: give a range (low, high) with low < high")
 
     def draw(key) -> Task:
         key_a, key_p, key_x = jax.random.split(key, 3)
