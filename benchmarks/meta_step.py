@@ -2,7 +2,7 @@
 
     python -m benchmarks.meta_step
 
-Both run many steps in one compiled loop, from the same parameters on tasks drawn by the same sampler, interleaved; the table gives
+Both run many steps in one compiled loop, from the same parameters on tasks of the same sampler, interleaved; each line gives
 medians and their ratio. The hand-written step takes its loop over tasks (vmap or one by one) from the library's choice.
 """
 
@@ -23,6 +23,7 @@ from maml.inner_loop import only, unroll
 from maml.random import keys_for
 from maml.tasks import sinusoid
 from maml.tasks.episodes import ClassImages, episodes
+from maml.types import as_argument
 
 ROOT = jax.random.key(0)
 
@@ -46,8 +47,8 @@ def by_library(optimizer, length, model, make_loss, sampler, meta_batch, step_si
     adapt = only(nnx.Not(nnx.PathContains("norms")), unroll(optax.sgd(step_size), 1))
     step = train.meta_step(objectives.query_loss(make_loss(apply), adapt), optimizer, meta_batch=meta_batch)
     progress = train.begin(train.init(params, optimizer, ROOT), step, sampler)
-    run = train.compile_loop(step).lower(progress, train.as_argument(sampler), jnp.int32(1)).compile()
-    return run, (progress, train.as_argument(sampler), jnp.int32(length)), lambda out: out[0].state.params
+    run = train.compile_loop(step).lower(progress, as_argument(sampler), jnp.int32(1)).compile()
+    return run, (progress, as_argument(sampler), jnp.int32(length)), lambda out: out[0].state.params
 
 
 def by_hand(optimizer, length, model, make_loss, sampler, meta_batch, step_size):
@@ -90,7 +91,7 @@ def by_hand(optimizer, length, model, make_loss, sampler, meta_batch, step_size)
         carry = jnp.int32(0), params, state, jnp.zeros(()), sampler, length
         return lax.while_loop(lambda c: c[0] < c[-1], step, carry)[1:4]
 
-    arguments = params, optimizer.init(params), train.as_argument(sampler), jnp.int32(length)
+    arguments = params, optimizer.init(params), as_argument(sampler), jnp.int32(length)
     return jax.jit(run).lower(*arguments).compile(), arguments, lambda out: out[0]
 
 
@@ -104,7 +105,9 @@ def compare(case, repeats: int) -> dict[str, float]:
     *parts, length = case()
     # One step of SGD at rate 1 moves by the meta-gradient: it must be the same on both sides.
     start = models.functional(parts[0])[1]
-    ends = [end(run(*arguments)) for run, arguments, end in (f(optax.sgd(1.0), 1, *parts) for f in (by_library, by_hand))]
+    ends = [
+        end(run(*arguments)) for run, arguments, end in (f(optax.sgd(1.0), 1, *parts) for f in (by_library, by_hand))
+    ]
     moves = [jax.tree.map(jnp.subtract, start, end) for end in ends]
     error = optax.tree.norm(jax.tree.map(jnp.subtract, *moves)) / optax.tree.norm(moves[1])
 

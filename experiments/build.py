@@ -1,6 +1,7 @@
 """Where configuration meets code: the one place that turns a composed config into the library's values."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from maml import train
-from maml.evaluate import Protocol, evaluate
-from maml.metrics import Interval
+from maml.evaluate import Evaluator, Protocol, check_sizes, evaluator
 from maml.models import functional
 from maml.random import key_for
 from maml.types import Adapt, Apply, Loss, Params, Sampler
@@ -100,7 +100,7 @@ def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
     factory = instantiate(node, _convert_="all")
     sizes = {k: v for k, v in sizes.items() if k in cfg.task}
     # Called without Hydra's wrapper, which refuses results of type jax.tree_util.Partial.
-    return factory.func(*factory.args, **{**factory.keywords, **sizes, "split": split})
+    return _make("task", factory.func, *factory.args, **{**factory.keywords, **sizes, "split": split})
 
 
 def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[Apply, Params]:
@@ -110,13 +110,26 @@ def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[App
     outputs = cfg.task.ways if "ways" in cfg.task else targets.shape[-1]
     factory = instantiate(cfg.model, _convert_="all")
     rngs = nnx.Rngs(params=key_for(root, "init"))
-    return functional(factory(tuple(inputs.shape[2:]), outputs, rngs=rngs))
+    return functional(_make("model", factory, tuple(inputs.shape[2:]), outputs, rngs=rngs))
+
+
+def _make(group: str, factory: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a factory of the config; an argument that it has not, or of a wrong type, is the config's fault."""
+    try:
+        return factory(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{group}: {error}; see conf/{group}/ for the arguments") from error
 
 
 def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
     """The evaluation protocol of the config, with `changes` (split, tasks, ...)."""
-    names = [f.name for f in dataclasses.fields(Protocol)]
-    return Protocol(**{name: cfg.evaluation[name] for name in names} | changes)
+    values: dict[str, Any] = {
+        f.name: cfg.evaluation[f.name] for f in dataclasses.fields(Protocol) if f.name in cfg.evaluation
+    }
+    own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
+    settings = [f"{k}={v}" for k, v in sorted(cfg.task.items()) if k not in own]
+    values["task"] = " ".join(settings).removeprefix("_target_=")
+    return Protocol(**values | changes)
 
 
 def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
@@ -133,29 +146,19 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
     return instantiate(cfg.algorithm.adapt, _convert_="all")
 
 
-def measure(
-    cfg: DictConfig, learner: Learner, params: Params, **changes: Any
-) -> tuple[Protocol, dict[str, Interval]]:
-    """Evaluate parameters under the config's protocol, with `changes` (split, tasks, ...)."""
-    protocol = build_protocol(cfg, **changes)
-    sampler = protocol_sampler(cfg, protocol)
-    chunk = train.chunk_size("auto", protocol.tasks, params)
-    adapt = build_adapt(cfg, protocol)
-    return protocol, evaluate(params, sampler, learner.loss, adapt, protocol, chunk)
+def evaluation(cfg: DictConfig, learner: Learner, **changes: Any) -> tuple[Protocol, Evaluator]:
+    """The config's protocol, with `changes` (split, tasks, ...), and what measures parameters under it.
 
-
-def check_evaluations(cfg: DictConfig) -> None:
-    """Build what is evaluated later, so that what does not fit the data is refused before hours of training.
+    Built before training, so that what does not fit the data is refused before hours of it.
 
     Raises:
-      ValueError: for sizes that a split has not.
+      ValueError: for sizes that a split has not, and for an inner loop of other steps than the protocol's.
     """
-    protocols = [build_protocol(cfg)]
-    if cfg.trainer.validate_every:
-        protocols.append(build_protocol(cfg, split="meta_valid", tasks=cfg.trainer.validation_tasks))
-    for protocol in protocols:
-        protocol_sampler(cfg, protocol)
-        build_adapt(cfg, protocol)
+    protocol = build_protocol(cfg, **changes)
+    params = learner.state.params
+    parts = protocol_sampler(cfg, protocol), learner.loss, build_adapt(cfg, protocol), protocol
+    check_sizes(params, *parts)
+    return protocol, evaluator(*parts, train.chunk_size("auto", protocol.tasks, params))
 
 
 _WHOLE = {

@@ -2,7 +2,8 @@
 
     python -m experiments.evaluate RUN_DIRECTORY [evaluation=NAME] [evaluation.KEY=VALUE ...] [task.data_dir=DIR]
 
-The newest checkpoint of the run is evaluated under the run's own config with these changes; prints the numbers and writes
+The newest checkpoint of the run is evaluated under the run's own config with these changes (a protocol by name leaves the run's
+steps and step size: give evaluation.steps= to change them); prints the numbers and writes
 them to RUN_DIRECTORY/evaluations/<protocol hash>.json.
 """
 
@@ -36,12 +37,12 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             if not path.exists():
                 names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
                 raise ValueError(f"evaluation={value}: no such protocol; there are {names}")
-            cfg.evaluation = OmegaConf.load(path)
-        elif (
-            not separator
-            or not key.startswith(ALLOWED)
-            or OmegaConf.select(cfg, key, default=cfg) is cfg
-        ):
+            kept = {
+                "steps": cfg.evaluation.steps,
+                "step_size": cfg.evaluation.step_size,
+            }  # of the algorithm, not of the protocol
+            cfg.evaluation = OmegaConf.merge(OmegaConf.load(path), kept)
+        elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
             raise ValueError(
                 f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, or task.data_dir=DIR"
             )
@@ -61,17 +62,14 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
     checkpoints = Checkpoints(directory / "checkpoints")
     config = checkpoints.config()
     if config is None:
-        raise ValueError(
-            f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run"
-        )
+        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
     cfg = changed(OmegaConf.create(dict(config)), overrides)
     learner = build.learner(cfg)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     step, progress = checkpoints.restore(progress) or (0, progress)
-    protocol, metrics = build.measure(cfg, learner, progress.state.params)
-    summary = results.summarize(
-        cfg, protocol, metrics, progress.state.params, time.monotonic() - start
-    )
+    protocol, measure = build.evaluation(cfg, learner)
+    metrics = measure(progress.state.params)
+    summary = results.summarize(cfg, protocol, metrics, progress.state.params, time.monotonic() - start)
     return summary | {"step": step}
 
 

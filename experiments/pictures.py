@@ -27,8 +27,12 @@ def draw(
 ) -> dict[str, plots.Figure]:
     """Name -> figure: `step_<metric>` after each inner step, and `adaptation` of regression or `episode` of images."""
     figures = {f"step_{name}": _step_curve(name, metrics, protocol) for name in _names(metrics)}
-    single = _episode if "ways" in cfg.task else _fits
-    return figures | single(cfg, learner, params, protocol)
+    inputs = jax.eval_shape(build.protocol_sampler(cfg, protocol), jax.random.split(jax.random.key(0), 1)).query[0]
+    if protocol.ways and inputs.ndim == 5:  # [tasks, examples, height, width, channels]
+        figures |= _episode(cfg, learner, params, protocol)
+    elif not protocol.ways and inputs.ndim == 3:  # [tasks, points, features]
+        figures |= _fits(cfg, learner, params, protocol)
+    return figures
 
 
 def training_curves(directory: Path) -> dict[str, plots.Figure]:
@@ -70,9 +74,7 @@ def _adapted(cfg, learner, params, protocol, queries: int, tasks: int):
     def outputs(task, key):
         trace = adapt(learner.loss, params, task.support, key).trace
         path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, trace.params)
-        return jax.lax.map(
-            lambda p: learner.apply(with_norm(p, task.support, protocol.norm), task.query[0]), path
-        )
+        return jax.lax.map(lambda p: learner.apply(with_norm(p, task.support, protocol.norm), task.query[0]), path)
 
     drawn = sampler(keys)
     return jax.device_get((drawn, jax.jit(jax.vmap(outputs))(drawn, keys)))

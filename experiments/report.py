@@ -193,9 +193,7 @@ def draw(rows: Sequence[Row], output: Path, metrics: Sequence[str]) -> Iterator[
     """Writes the curves over meta-steps and over inner steps; yields each one's title and file."""
     from maml import plots  # imports JAX, seconds: not where the command line is refused
 
-    for name in dict.fromkeys(
-        n for row in rows for run in row.runs for r in run.records for n in r
-    ):
+    for name in dict.fromkeys(n for row in rows for run in row.runs for r in run.records for n in r):
         if name in metrics or name.endswith(("query/loss", "query/accuracy")):
             curves = _curves(rows, lambda row, name=name: _learning_curve(row, name))
             logy = name.endswith("loss") and all(min(v, default=0) > 0 for _, v in curves.values())

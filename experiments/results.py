@@ -58,9 +58,7 @@ def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != "resume"}
 
 
-def resume(
-    cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress
-) -> Progress:
+def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
     """The progress that was saved in the run's own directory, else in `cfg.resume`, else the one that is given.
 
     Raises:
@@ -92,23 +90,22 @@ def resume(
 def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:
     """What is left, and what to do."""
     saved = checkpoints.steps()
-    left = f"the last good checkpoint is {checkpoints.directory / str(saved[-1])}" if saved else "no checkpoint was saved"
+    left = (
+        f"the last good checkpoint is {checkpoints.directory / str(saved[-1])}" if saved else "no checkpoint was saved"
+    )
     values = {name: OmegaConf.select(cfg, name) for name in ("algorithm.step_size", "optimizer.learning_rate")}
     lower = " or ".join(f"{name}={value}" for name, value in values.items() if value is not None)
     return f"{left}; start again with a lower {lower}"
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
-    saved, now = (
-        flat(plain(OmegaConf.create(dict(c)))) for c in (checkpoints.config() or cfg, cfg)
-    )
-    keys = [
-        k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)
-    ]
+    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (checkpoints.config() or cfg, cfg))
+    keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
     if keys:
         changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)
         raise ValueError(
-            f"the checkpoints in {checkpoints.directory} are of another config: {changes}. Give the old values or another directory"
+            f"the checkpoints in {checkpoints.directory} are of another config: {changes}. "
+            "Give the old values or another directory"
         )
 
 
@@ -139,9 +136,7 @@ def save(path: Path, summary: Mapping[str, Any]) -> None:
 
 def _json(value: Interval) -> dict[str, Any]:
     """A mean that is no number is null: JSON has no NaN."""
-    return {
-        k: v if v is not None and math.isfinite(v) else None for k, v in value._asdict().items()
-    }
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in value._asdict().items()}
 
 
 def versions() -> dict[str, str]:
@@ -172,10 +167,7 @@ def device() -> str:
 
 def table(summary: Mapping[str, Any]) -> str:
     """The numbers of a summary as lines of text."""
-    rows = [
-        f"{name:32} {_number(v['mean'])} ± {_number(v['ci95'])}"
-        for name, v in summary["metrics"].items()
-    ]
+    rows = [f"{name:32} {_number(v['mean'])} ± {_number(v['ci95'])}" for name, v in summary["metrics"].items()]
     protocol = ", ".join(f"{k} {v}" for k, v in summary["protocol"].items() if v is not None)
     return "\n".join([f"protocol {summary['protocol_hash']}: {protocol}", *rows])
 

@@ -31,7 +31,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 
     # The parts, as they were left.
     learner = build.learner(cfg)
-    build.check_evaluations(cfg)
+    protocol, measure = build.evaluation(cfg, learner)
     checkpoints = Checkpoints(directory / "checkpoints", cfg.trainer.keep_checkpoints)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     progress = results.resume(cfg, directory, checkpoints, progress)
@@ -42,15 +42,14 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
         if step < cfg.trainer.steps:
             log.warning("stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues", step, directory)
             sys.exit(INTERRUPTED)
-        protocol, metrics = build.measure(cfg, learner, params)
+        metrics = measure(params)
+        summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
+        results.save(directory / "summary.json", summary)
+        log.info(results.table(summary))
         figures = pictures.draw(cfg, learner, params, protocol, metrics) | pictures.training_curves(directory)
         for name, figure in figures.items():
             plots.save(figure, directory / "plots" / f"{name}.png")
             _tell(loggers, "image", name, figure, step)
-
-    summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
-    results.save(directory / "summary.json", summary)
-    log.info(results.table(summary))
     return summary
 
 
@@ -71,11 +70,13 @@ def _train(
         checkpoints.save(int(progress.state.step), progress, results.plain(cfg, resolve=False))
 
     def validate(progress: train.Progress) -> None:
-        changes = {"split": "meta_valid", "tasks": cfg.trainer.validation_tasks}
-        _, metrics = build.measure(cfg, learner, progress.state.params, **changes)
+        metrics = measure(progress.state.params)
         write("meta_valid", int(progress.state.step), {k: v.mean for k, v in metrics.items()})
 
-    every = [(cfg.trainer.validate_every, validate), (cfg.trainer.checkpoint_every, save)]
+    every = [(cfg.trainer.checkpoint_every, save)]
+    if cfg.trainer.validate_every:
+        _, measure = build.evaluation(cfg, learner, split="meta_valid", tasks=cfg.trainer.validation_tasks)
+        every.insert(0, (cfg.trainer.validate_every, validate))
     with Interrupt() as interrupted:
         try:
             progress = train.fit(
@@ -85,7 +86,7 @@ def _train(
                 steps=cfg.trainer.steps,
                 log_every=cfg.trainer.log_every,
                 log=lambda step, metrics: write("meta_train", step, metrics),
-                every=[(period, callback) for period, callback in every if period],
+                every=every,
                 tick=lambda step: _tell(loggers, "progress", step),
                 stop=interrupted,
             )

@@ -17,6 +17,8 @@ from maml.objectives import check_norm, with_norm
 from maml.random import keys_for
 from maml.types import Adapt, Loss, Params, Sampler, as_argument
 
+Evaluator = Callable[[Params], dict[str, Interval]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -75,9 +77,7 @@ def evaluate(
     return evaluator(sampler, loss, adapt, protocol, chunk)(params)
 
 
-def evaluator(
-    sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1
-) -> Callable[[Params], dict[str, Interval]]:
+def evaluator(sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1) -> Evaluator:
     """`evaluate` as a function of the parameters, compiled once: for validation during training."""
     root = jax.random.key(protocol.seed)
     block = min(100, protocol.tasks)
@@ -88,7 +88,7 @@ def evaluator(
         return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k), keys, batch_size=chunk)
 
     def measure(params):
-        _check_sizes(params, sampler, loss, adapt, protocol)
+        check_sizes(params, sampler, loss, adapt, protocol)
         starts = range(0, protocol.tasks, block)
         bar = tqdm(starts, protocol.split, unit=f"×{block} tasks", delay=2, disable=not sys.stderr.isatty())
         blocks = [jax.device_get(run(params, as_argument(sampler), np.int32(start))) for start in bar]
@@ -99,7 +99,7 @@ def evaluator(
     return measure
 
 
-def _check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol) -> None:
+def check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol) -> None:
     """Refuse tasks and inner loops that are not the protocol's, before anything is measured under its name."""
     task = jax.eval_shape(sampler, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)))
     for name, side in (("shots", task.support), ("queries", task.query)):

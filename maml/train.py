@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from maml.random import keys_for
-from maml.types import Key, Metrics, Objective, Params, Sampler, Task
+from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument
 
 
 class MetaState(NamedTuple):
@@ -70,7 +70,7 @@ def meta_step(
 def check_chunk(task_chunk: int | str, count: int) -> None:
     if task_chunk in ("auto", "all"):
         return
-    if not isinstance(task_chunk, int) or task_chunk < 1 or count % task_chunk:
+    if not isinstance(task_chunk, int) or isinstance(task_chunk, bool) or task_chunk < 1 or count % task_chunk:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ValueError(f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}")
 
@@ -135,8 +135,17 @@ class NonFinite(ArithmeticError):
 
 
 def begin(state: MetaState, step: MetaStep, sampler: Sampler) -> Progress:
-    """The progress of a run that has not started: an empty window for the metrics that `step` gives."""
+    """The progress of a run that has not started: an empty window for the metrics that `step` gives.
+
+    Raises:
+      ValueError: for a metric that is no scalar.
+    """
     _, metrics = jax.eval_shape(step, state, as_argument(sampler))
+    for name, metric in metrics.items():
+        if metric.shape:
+            raise ValueError(
+                f"metric {name!r} has shape {metric.shape}: metrics of an objective are scalars; reduce it"
+            )
     return Progress(state, _empty(metrics))
 
 
@@ -170,7 +179,7 @@ def fit(
     periods = [log_every, *(n for n, _ in every)]
     if min(periods) < 1:
         raise ValueError(f"log_every={log_every}, every={periods[1:]}: give 1 step or more")
-    advance, lengths, sampler = compile_loop(step), _Lengths(dispatch_s), as_argument(sampler)
+    advance, lengths, sampler = compile_loop(step), _Lengths(dispatch_s), jax.device_put(as_argument(sampler))
     empty = _empty(progress.window.sums)
     done = int(progress.state.step)
     while done < steps and not stop():
@@ -211,11 +220,6 @@ def compile_loop(step: MetaStep):
         ).all()
 
     return jax.jit(advance)
-
-
-def as_argument(sampler: Sampler) -> Sampler:
-    """As a pytree, so that the arrays it holds are arguments of the program and not constants in it."""
-    return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
 
 
 def _empty(metrics: Mapping[str, Any]) -> Window:

@@ -14,7 +14,7 @@ from maml.models import MLP, functional
 from maml.objectives import query_loss
 from maml.random import keys_for
 from maml.tasks import sinusoid
-from maml.types import Task
+from maml.types import Task, as_argument
 from tests.helpers import closed_form, quadratic_loss, quadratics
 
 ROOT = jax.random.key(4)
@@ -218,7 +218,7 @@ def test_data_of_a_sampler_are_an_argument_and_no_constant():
     objective, params = problem()
     step = train.meta_step(objective, optax.sgd(0.1), meta_batch=2)
     progress = start(step, params, optax.sgd(0.1), sampler)
-    lowered = train.compile_loop(step).lower(progress, train.as_argument(sampler), jnp.int32(1))
+    lowered = train.compile_loop(step).lower(progress, as_argument(sampler), jnp.int32(1))
     assert len(lowered.as_text()) < 400_000  # 100,000 numbers as text would be more
 
 
