@@ -1,5 +1,6 @@
 """Checkpoints: a thin layer over Orbax that checks what it reads."""
 
+import errno
 import hashlib
 import logging
 import shutil
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+_OVERHEAD = 2**18
+"""Bytes of a checkpoint beside its arrays: more than Orbax's metadata."""
 
 
 class Damaged(ValueError):
@@ -59,9 +63,11 @@ class Checkpoints:
         if step in set(self.steps()) - self._damaged:
             return
         meta = {"sha256": digest(tree), "config": dict(config)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(tree)), meta=ocp.args.JsonSave(meta))
+        flat = _flat(tree)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta))
         try:
             self._sweep()
+            self._check_room(sum(x.nbytes for x in flat.values()) + _OVERHEAD)
             self._open().save(step, args=args, force=True)
         except (OSError, ValueError) as e:  # the storage library says ValueError for a full disk
             left = f"those of steps {self.steps()} stay" if self.steps() else "none was saved before"
@@ -108,6 +114,13 @@ class Checkpoints:
             for step in self._damaged:
                 shutil.rmtree(self.directory / str(step))
             self._damaged, self._swept = set(), True
+
+    def _check_room(self, size: int) -> None:
+        """See a full disk coming: once a write has failed, the storage library prints tracebacks from its threads."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"No space left on device ({free} bytes are free, {size} are needed)")
 
     def _restore(self, step: int, template):
         flat = _flat(template)

@@ -389,6 +389,16 @@ def test_a_full_disk_while_saving(tmp_path, monkeypatch, error):
     assert bits(config(*JOB), tmp_path / "run") == bits(config(*JOB), tmp_path)
 
 
+def test_a_disk_without_room_is_seen_before(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        line = refusal(main(*JOB, f"hydra.run.dir={tmp_path / 'run'}"))
+    assert "could not save step 2 in" in line
+    assert "No space left on device (1000 bytes are free, " in line
+    assert steps(tmp_path / "run") == []
+
+
 LIMITED = """
 import resource
 from experiments import run
@@ -402,7 +412,11 @@ def test_a_file_that_may_not_grow(tmp_path):
     job = [*JOB, "model.hidden=[80,80]", f"hydra.run.dir={tmp_path / 'run'}"]
     command = [sys.executable, "-c", LIMITED, *job]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    line = refusal(finish(process))
+    ended = finish(process)
+    *noise, line = ended.err.splitlines()  # threads of the storage library may have printed before
+    assert ended.code == BAD_INPUT
+    assert line.startswith("error: ")
+    assert not any(other.startswith("error: ") for other in noise)
     assert "could not save step 2 in" in line
     assert "File too large" in line
     assert "none was saved before" in line

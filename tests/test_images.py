@@ -206,7 +206,7 @@ def test_absent_data_are_a_sentence_with_the_three_ways(tmp_path, there):
     message = str(error.value)
     assert message.startswith(f"data_dir={str(folder)!r}: 'omniglot' is not there")
     for way in (
-        "pip install 'maml[prepare]'",
+        "pip install -e '.[prepare]'",
         "python -m experiments.prepare name=omniglot data_dir=DIR",
         "task.data_dir=DIR",
         "DIR/downloads/manual/",
@@ -283,7 +283,7 @@ def test_a_server_that_answers_is_reachable_and_a_closed_port_is_not(monkeypatch
 
 @pytest.mark.usefixtures("no_tensorflow")
 def test_the_program_prepares_or_says_why_not(tmp_path):
-    with pytest.raises(SystemExit, match=r"needs TensorFlow: pip install 'maml\[prepare\]'"):
+    with pytest.raises(SystemExit, match=r"needs TensorFlow: in a checkout, pip install -e"):
         prepare_program.main(["name=omniglot", f"data_dir={tmp_path}"])
     with pytest.raises(SystemExit, match="dir: no such option; give name=NAME and data_dir=DIR"):
         prepare_program.main(["dir=x"])
