@@ -140,18 +140,9 @@ def _json(value: Interval) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    names = (
-        "maml",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "hydra-core",
-        "tensorflow-datasets",
-        "numpy",
-    )
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "hydra-core", "tensorflow-datasets", "numpy")
+    own = {"python": platform.python_version(), "maml": importlib.metadata.version("maml-jax")}
+    return own | {n: importlib.metadata.version(n) for n in names}
 
 
 def device() -> str:
