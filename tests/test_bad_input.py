@@ -413,10 +413,8 @@ def test_a_file_that_may_not_grow(tmp_path):
     command = [sys.executable, "-c", LIMITED, *job]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ended = finish(process)
-    *noise, line = ended.err.splitlines()  # threads of the storage library may have printed before
     assert ended.code == BAD_INPUT
-    assert line.startswith("error: ")
-    assert not any(other.startswith("error: ") for other in noise)
+    (line,) = (line for line in ended.err.splitlines() if line.startswith("error: "))  # Orbax's threads may print more
     assert "could not save step 2 in" in line
     assert "File too large" in line
     assert "none was saved before" in line
