@@ -37,9 +37,9 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     progress = results.resume(cfg, directory, checkpoints, progress)
 
     with closing(checkpoints), _opened(cfg, directory, int(progress.state.step)) as loggers:
-        progress = _train(cfg, learner, progress, checkpoints, loggers)
+        progress, stopped = _train(cfg, learner, progress, checkpoints, loggers)
         step, params = int(progress.state.step), progress.state.params
-        if step < cfg.trainer.steps:
+        if stopped:
             log.warning("stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues", step, directory)
             sys.exit(INTERRUPTED)
         metrics = measure(params)
@@ -59,8 +59,8 @@ def _train(
     progress: train.Progress,
     checkpoints: Checkpoints,
     loggers: Sequence[Any],
-) -> train.Progress:
-    """Train to the last step, or until a signal comes; log, validate and save along the way and at the end."""
+) -> tuple[train.Progress, bool]:
+    """Train to the last step, or until a signal comes (then true); log, validate and save along the way and at the end."""
 
     def write(kind: str, step: int, metrics: Mapping[str, float]) -> None:
         for logger in loggers:
@@ -93,7 +93,7 @@ def _train(
         except train.NonFinite as error:
             raise train.NonFinite(f"{error}; {results.after_divergence(cfg, checkpoints)}") from error
         save(progress)
-    return progress
+        return progress, interrupted()
 
 
 @contextmanager

@@ -31,6 +31,10 @@ def digest(tree) -> str:
     return hasher.hexdigest()
 
 
+class OtherTree(ValueError):
+    """A checkpoint is whole, and of another structure than the one asked for."""
+
+
 class Checkpoints:
     """The checkpoints of one run: `directory/<step>`, each a pytree with a sha256 of its bits and the run's configuration.
 
@@ -62,8 +66,8 @@ class Checkpoints:
 
         if step in set(self.steps()) - self._damaged:
             return
-        meta = {"sha256": digest(tree), "config": dict(config)}
         flat = _flat(tree)
+        meta = {"sha256": digest(tree), "config": dict(config), "leaves": _kinds(flat)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta))
         try:
             self._sweep()
@@ -89,10 +93,13 @@ class Checkpoints:
 
         Raises:
           Damaged: when there are checkpoints and none can be read.
+          OtherTree: when the newest readable one has other leaves than the template; names them.
         """
         for step in reversed(self.steps()):
             try:
                 return step, self._restore(step, template)
+            except OtherTree:
+                raise
             except Exception as e:
                 self._damaged.add(step)
                 log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
@@ -124,10 +131,13 @@ class Checkpoints:
 
     def _restore(self, step: int, template):
         flat = _flat(template)
+        meta = self._read(step, "meta")
+        if differ := sorted(set(meta["leaves"].items()) ^ set(_kinds(flat).items())):
+            raise OtherTree(f"{self.directory / str(step)} holds another state; leaves that differ: {dict(differ)}")
         read = self._read(step, "state", {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flat.items()})
         leaves, structure = jax.tree.flatten(template)
         tree = structure.unflatten([_like(x, read[k]) for x, k in zip(leaves, flat, strict=True)])
-        if digest(tree) != self._read(step, "meta")["sha256"]:
+        if digest(tree) != meta["sha256"]:
             raise ValueError("its bits are not those that were saved (sha256)")
         return tree
 
@@ -152,6 +162,10 @@ def _flat(tree) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree.flatten_with_path(tree)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return {p: np.asarray(jax.device_get(_bits(x))) for p, (_, x) in zip(paths, leaves, strict=True)}
+
+
+def _kinds(flat: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {path: f"{x.dtype}{list(x.shape)}" for path, x in flat.items()}
 
 
 def _bits(x):

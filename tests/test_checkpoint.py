@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from maml.checkpoint import Checkpoints, Damaged, digest
+from maml.checkpoint import Checkpoints, Damaged, OtherTree, digest
 from maml.models import MLP, functional
 
 
@@ -119,3 +119,11 @@ def test_the_digest_sees_bits_shapes_types_and_names():
              {"a": jnp.zeros(4, jnp.int32)}, {"a": jax.random.key(0)}, {"a": jax.random.key(1)}]  # fmt: skip
     assert len({digest(t) for t in trees}) == len(trees)
     assert digest(trees[0]) == digest({"a": np.zeros(4, np.float32)})
+
+
+def test_a_whole_checkpoint_of_another_tree_is_not_called_damaged(tmp_path):
+    Checkpoints(tmp_path).save(1, tree(1), {})
+    with pytest.raises(OtherTree, match="'more'"):
+        Checkpoints(tmp_path).restore(tree() | {"more": jnp.zeros(2)})
+    with pytest.raises(OtherTree, match="'x'.*float32.3"):
+        Checkpoints(tmp_path).restore(tree() | {"x": jnp.zeros(3)})
