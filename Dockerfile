@@ -1,6 +1,6 @@
 # CPU:   docker build -t maml .
 # CUDA:  docker build -t maml --build-arg DEVICE=cuda .          (run it with --gpus all)
-# Run:   docker run --rm -v "$PWD/outputs:/work/outputs" -v "$PWD/data:/data" maml experiment=omniglot_5way_1shot_mlp
+# Run:   docker run --rm -v "$PWD/outputs:/maml/outputs" -v "$PWD/data:/data" maml experiment=omniglot_5way_1shot_mlp
 FROM python:3.12-slim
 
 # The pinned stack first: a change of the code does not install it again.
@@ -16,10 +16,10 @@ RUN pip install --no-cache-dir --no-deps /src && rm -r /src
 
 # Not root; the directories are open, so that --user $(id -u) can write to what is mounted there.
 RUN useradd --create-home --uid 1000 maml \
-    && mkdir -p /work/outputs /work/multirun /data /cache \
-    && chmod 777 /work /work/outputs /work/multirun /data /cache
+    && mkdir -p /maml/outputs /maml/multirun /data /cache \
+    && chmod 777 /maml /maml/outputs /maml/multirun /data /cache
 ENV TFDS_DATA_DIR=/data MAML_CACHE=/cache MPLCONFIGDIR=/cache/matplotlib HOME=/home/maml
 USER maml
-WORKDIR /work
-VOLUME ["/work/outputs", "/work/multirun", "/data"]
+WORKDIR /maml
+VOLUME ["/maml/outputs", "/maml/multirun", "/data"]
 ENTRYPOINT ["python", "-m", "experiments.run"]
