@@ -269,14 +269,14 @@ def test_one_bit_is_damage(left_at):
     """Where the storage's own checks would not see it, the sha256 does."""
     directory = left_at(8)
     checkpoints = Checkpoints(directory / "checkpoints")
-    tree = {"a": np.arange(4.0)}
-    checkpoints.save(9, tree, {})
+    progress = restored(config(*RUN), directory)
+    checkpoints.save(9, progress, {})
     checkpoints.close()
     meta = directory / "checkpoints" / "9" / "meta" / "metadata"
     text = meta.read_text()
     sha = text.index('"sha256": "') + len('"sha256": "')
     meta.write_text(text[:sha] + ("0" if text[sha] != "0" else "1") + text[sha + 1 :])
-    step, _ = Checkpoints(directory / "checkpoints").restore(restored(config(*RUN), directory))
+    step, _ = Checkpoints(directory / "checkpoints").restore(progress)
     assert step == 8
 
 
