@@ -44,6 +44,8 @@ def run_program(job: Job) -> None:
         refuse(error)
     except (OSError, ValueError) as error:  # outside of any job: Hydra makes its directory and its log there
         cause = error.__cause__ or error
+        if not isinstance(cause, OSError):
+            raise
         refuse(OSError(f"hydra.run.dir (with -m hydra.sweep.dir): {cause}; give a directory that can be written"))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
