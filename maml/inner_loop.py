@@ -1,5 +1,6 @@
 """How the parameters move: the inner loop, for one task."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,48 +8,103 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from maml.derivatives import Derivative, reverse
+from maml.derivatives import Derivative, Truncated, pieces, reverse
 from maml.types import Adapt, Adapted, Loss, Params, Trace
+
+_GRADIENT = "inner_gradient"
+"""The name under which rematerialisation finds what it keeps."""
 
 _TINY = 1e-15
 """Small against any gradient that matters; its square is still a normal float32 number."""
 
 
-def unroll(optimizer: optax.GradientTransformation, steps: int, derivative: Derivative = reverse) -> Adapt:
-    """An inner loop of `steps` updates of any optax optimizer, under one `lax.scan`.
+def unroll(
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    derivative: Derivative | Truncated = reverse,
+    remat: int | None = None,
+) -> Adapt:
+    """An inner loop of `steps` updates of any optax optimizer, under `lax.scan`.
 
     θₜ₊₁ = θₜ + update(∇L(θₜ; support)), t = 0..steps-1; with `optax.sgd(α)` this is MAML's inner loop (arXiv 1703.03400,
     Eq. 1). The optimizer's state starts afresh for each task. Zero steps give the parameters back.
 
+    Args:
+      derivative: how the outer derivative passes through a step: `derivatives.reverse`, `mixed`, `first_order`, `truncated(k)`.
+      remat: rematerialise blocks of so many steps: the backward pass keeps the parameters (and the optimizer's state) between
+        blocks alone, and computes each block again; inner gradients are kept where the optimizer needs them, as in MixFlow-MG
+        (arXiv 2505.00793). Memory is steps/remat · |θ| and what `remat` steps take. None: everything is kept.
+
     Raises:
-      ValueError: at the call of this factory, for a negative or fractional number of steps.
+      ValueError: at the call of this factory, for a negative or fractional number of steps, or a block of none.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, 0 or more")
+    if remat is not None and (not isinstance(remat, int) or isinstance(remat, bool) or remat < 1):
+        raise ValueError(f"remat={remat!r}: give the steps of a block, 1 or more, or None to keep everything")
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
-        gradient = derivative(loss)
+        def run(of: Derivative):
+            gradient = of(loss)
 
-        def step(carry, key):
-            params, state = carry
-            grads, metrics = gradient(params, support, key)
-            updates, state = _update(optimizer, grads, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), Trace(params, metrics)
+            def step(carry, key):
+                params, state = carry
+                grads, metrics = gradient(params, support, key)
+                grads = checkpoint_name(grads, _GRADIENT)
+                updates, state = _update(optimizer, grads, state, params)
+                params = optax.apply_updates(params, updates)
+                return (params, state), Trace(params, metrics)
 
-        carry, keys = (params, optimizer.init(params)), jax.random.split(key, steps)
-        if steps == 0:
-            return Adapted(params, lax.scan(step, carry, keys)[1])
-        # The first step stands outside: there all tasks share the parameters, and a map over tasks keeps them shared.
-        carry, first = step(carry, keys[0])
-        trace = jax.tree.map(lambda x: x[None], first)
-        if steps > 1:
-            carry, rest = lax.scan(step, carry, keys[1:])
-            trace = jax.tree.map(lambda *x: jnp.concatenate(x), trace, rest)
-        return Adapted(carry[0], trace)
+            return step
+
+        carry, keys, traces = (params, optimizer.init(params)), jax.random.split(key, steps), []
+        for count, of in pieces(derivative, steps):
+            carry, trace = _repeat(run(of), carry, keys[:count], remat)
+            keys, traces = keys[count:], [*traces, trace]
+        return Adapted(carry[0], _joined(traces))
 
     return adapt
+
+
+def _repeat(step, carry, keys, remat: int | None):
+    """`lax.scan` of a step over keys, in rematerialised blocks.
+
+    The first step stands outside of the scan: there all tasks share the parameters, and a map over tasks keeps them shared.
+    """
+    steps = len(keys)
+    if steps == 0:
+        return lax.scan(step, carry, keys)
+
+    def block(carry, keys):
+        return lax.scan(step, carry, keys) if len(keys) > 1 else _single(step, carry, keys)
+
+    if remat is None:
+        carry, first = _single(step, carry, keys)
+        carry, rest = lax.scan(step, carry, keys[1:])
+        return carry, _joined([first, rest])
+    size = min(remat, steps)
+    count = (steps - 1) // size  # whole blocks after the first, which takes what is left over
+    left = steps - count * size
+    carry, first = _rematerialised(block, prevent_cse=True)(carry, keys[:left])
+    carry, rest = lax.scan(_rematerialised(block), carry, keys[left:].reshape(count, size))
+    return carry, _joined([first, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rest)])
+
+
+def _rematerialised(block, *, prevent_cse: bool = False):
+    policy = jax.checkpoint_policies.save_only_these_names(_GRADIENT)
+    return jax.checkpoint(block, policy=policy, prevent_cse=prevent_cse)
+
+
+def _single(step, carry, keys):
+    carry, trace = step(carry, keys[0])
+    return carry, jax.tree.map(lambda x: x[None], trace)
+
+
+def _joined(traces: Sequence[Trace]) -> Trace:
+    """Traces end to end."""
+    return traces[0] if len(traces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *traces)
 
 
 def _update(optimizer: optax.GradientTransformation, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
@@ -89,11 +145,22 @@ def only(where: Any, adapt: Adapt) -> Adapt:
         def join(moving) -> Params:
             return structure.unflatten([moving.get(i, x) for i, (_, x) in enumerate(leaves)])
 
-        adapted = adapt(lambda m, batch, k: loss(join(m), batch, k), moving, support, key)
+        adapted = adapt(_composed(loss, join), moving, support, key)
         trace = Trace(jax.vmap(join)(adapted.trace.params), adapted.trace.metrics)
         return Adapted(join(adapted.params), trace)
 
     return partial_adapt
+
+
+def _composed(loss: Loss, join) -> Loss:
+    """The loss of join(moving), also where it is one of two arguments."""
+
+    def composed(moving, batch, key):
+        return loss(join(moving), batch, key)
+
+    if two := getattr(loss, "two_argument", None):
+        composed.two_argument = lambda moving, target, batch, key: two(join(moving), join(target), batch, key)
+    return composed
 
 
 def _name(key) -> Any:

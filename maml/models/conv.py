@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
+
+from maml.models.convolution import convolution
 
 
 class Conv4(nnx.Module):
@@ -54,57 +55,65 @@ class Conv4(nnx.Module):
         self.convs = nnx.List(
             nnx.Conv(
                 n, filters, (3, 3), strides=2 if pool == "stride" else 1, padding="SAME",
-                kernel_init=kernel_init, conv_general_dilated=_convolution(), rngs=rngs,
+                kernel_init=kernel_init, conv_general_dilated=convolution, rngs=rngs,
             )
             for n in (channels, filters, filters, filters)
         )  # fmt: skip
         self.norms = nnx.List(norm(filters, rngs=rngs) for _ in range(4)) if norm else None
+        if self.norms and isinstance(self.norms[0], nnx.BatchNorm):
+            for conv in self.convs:
+                conv.use_bias = False  # its bias stays a parameter, and need not be added: (x + b) - mean(x + b) = x - mean(x)
         features = filters * (height * width if head == "flatten" else 1)
         self.linear = nnx.Linear(features, outputs, kernel_init=head_init, rngs=rngs)
 
     def __call__(self, inputs):
         x = inputs
         for i, conv in enumerate(self.convs):
-            x = conv(x)
-            x = self.activation(self.norms[i](x) if self.norms else x)
-            x = _max_pool(x) if self.pool == "max" else x
+            x = self.norms[i](conv(x)) if self.norms else conv(x)
+            if self.pool == "stride":
+                x = self.activation(x)
+            elif self.activation is nnx.relu:  # increasing, so it may come after the maximum: a quarter of the work
+                x = self.activation(_max_pool(x))
+            else:
+                x = _max_pool(self.activation(x))
         x = x.mean((1, 2)) if self.head == "mean" else x.reshape(x.shape[0], -1)
         return self.linear(x)
 
 
+@jax.custom_jvp
 def _max_pool(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch half_height half_width channels"]:
     """2×2 max-pool (VALID: odd borders are cut); of equal values the first counts, as in TensorFlow.
 
-    Not by `max`, whose derivative compares the maximum with its arguments: where a compiler computes one of them again with
-    other roundings no argument is equal, and the derivative is lost (XLA on CPU does so in second order). A choice by
-    a comparison has always exactly one derivative, of any order and mode.
+    The derivative takes what stands at the place of the maximum, which comparisons find: always exactly one. That of `max` compares
+    the maximum with its arguments: where a compiler computes one of them again with other roundings no argument is equal, and
+    the derivative is lost (XLA on CPU does so in second order).
     """
+    return _first_maximum(x)[0]
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(primals, tangents):
+    value, place = _first_maximum(*primals)
+    here = place[:, :, None, :, None] == jnp.arange(4, dtype=place.dtype).reshape(1, 1, 2, 1, 2, 1)
+    tangent = _windows(*tangents)
+    return value, jnp.where(here, tangent, jnp.zeros((), tangent.dtype)).sum((2, 4))
+
+
+def _windows(x):
+    """[batch, height, width, channels] to [batch, half height, 2, half width, 2, channels]."""
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    return x[:, : 2 * height, : 2 * width].reshape(-1, height, 2, width, 2, x.shape[-1])
+
+
+def _first_maximum(x):
+    """The maximum of each 2×2 window and its place, 0..3 by rows. A NaN counts as the maximum."""
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    corners = [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
-    return functools.reduce(lambda a, b: jnp.where((a >= b) | (a != a), a, b), corners)
+    corners = [(x[:, i:height:2, j:width:2], jnp.int8(2 * i + j)) for i in (0, 1) for j in (0, 1)]
 
+    def larger(a, b):
+        first = (a[0] >= b[0]) | (a[0] != a[0])
+        return tuple(jnp.where(first, p, q) for p, q in zip(a, b, strict=True))
 
-def _convolution() -> Callable:
-    """XLA's convolution where it is fast in every derivative; patches and a matrix product on CPU."""
-    return _patches_convolution if jax.default_backend() == "cpu" else lax.conv_general_dilated
-
-
-def _patches_convolution(x, kernel, strides, padding, **unused):
-    """`lax.conv_general_dilated` (NHWC, HWIO, no dilation) as nine shifted slices and one matrix product.
-
-    On CPU XLA's derivative of a convolution with respect to its kernel is tens of times slower than the product below.
-    """
-    del unused
-    size, (sh, sw) = kernel.shape[:2], strides
-    pads = lax.padtype_to_pads(x.shape[1:3], size, strides, padding) if isinstance(padding, str) else padding
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    high, wide = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], size, strides, strict=True))
-    shifts = [
-        x[:, i : i + sh * (high - 1) + 1 : sh, j : j + sw * (wide - 1) + 1 : sw]
-        for i in range(size[0])
-        for j in range(size[1])
-    ]
-    patches = jnp.concatenate(shifts, axis=-1)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+    return functools.reduce(larger, corners)
