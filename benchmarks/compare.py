@@ -35,7 +35,7 @@ TOLERANCE = 1e-9
 """Relative 2-norm in which meta-gradients agree in float64."""
 
 BUDGET = 60.0
-"""Seconds that the rounds of one side may take: a slow side is timed fewer times, but twice at least."""
+"""Seconds that the rounds of one side may take. A slow side is timed in fewer of them; one too slow for any is timed once."""
 
 
 class Side(Protocol):
@@ -80,25 +80,32 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time every side: medians and samples in milliseconds per outer step; for ours compilation and temporaries too."""
     built: dict[str, Side] = {name: f() for name, f in sides(case, case.data(), steps, order, worker, peers)}
-    reference = next(iter(built.values())).gradient()
-    rows, lengths = {}, {}
-    for name, side in built.items():
-        rows[name] = {"float32 difference": difference(reference, side.gradient()), "samples_ms": []}
-        if isinstance(side, Library | Naive):
-            rows[name] |= {"compile_s": side.compile_s, "temporary_bytes": temporaries(side)}
-        if isinstance(side, PeerSide):
-            side.choose()
-            rows[name]["threads"] = side.threads
-        lengths[name], each = length(side, seconds)
-        rounds = min(repeats, max(2, int(BUDGET / (lengths[name] * each))))
-        rows[name] |= {"steps_per_sample": lengths[name], "rounds": rounds}
+    rows = {name: prepare(side, repeats, seconds) for name, side in built.items()}
     for i in range(repeats):
-        for name, side in built.items():
-            if i < rows[name]["rounds"]:
-                rows[name]["samples_ms"].append(side.run(lengths[name]) * 1e3)
-    for row in rows.values():
+        for name, row in rows.items():
+            if i < row["rounds"]:
+                row["samples_ms"].append(built[name].run(row["steps_per_sample"]) * 1e3)
+    reference = next(iter(built.values())).gradient()
+    for name, row in rows.items():
         row["median_ms"] = statistics.median(row["samples_ms"])
+        if row["rounds"]:
+            row["float32 difference"] = difference(reference, built[name].gradient())
     return rows
+
+
+def prepare(side: Side, repeats: int, seconds: float) -> dict[str, Any]:
+    """Warm a side up, and choose the outer steps of a sample and the number of rounds."""
+    row = {"samples_ms": []}
+    if isinstance(side, Library | Naive):
+        row |= {"compile_s": side.compile_s, "temporary_bytes": temporaries(side)}
+    if isinstance(side, PeerSide):
+        side.choose()
+        row["threads"] = side.threads
+    row["steps_per_sample"], each = length(side, seconds)
+    row["rounds"] = min(repeats, int(BUDGET / (row["steps_per_sample"] * each)))
+    if not row["rounds"]:
+        row["samples_ms"].append(each * 1e3)
+    return row
 
 
 def length(side: Side, seconds: float) -> tuple[int, float]:

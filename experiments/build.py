@@ -23,6 +23,7 @@ class Trainer:
     steps: int = MISSING
     meta_batch: int = MISSING
     task_chunk: Any = MISSING
+    memory_gb: float | None = None
     log_every: int = MISSING
     checkpoint_every: int = MISSING
     keep_checkpoints: int = MISSING
@@ -56,6 +57,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     resume: str | None = None
+    plan: bool = False
     paper: Any = None
     debug_nans: bool = False
 
@@ -189,6 +191,9 @@ def check(cfg: DictConfig) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not isinstance(value, DictConfig) and not (number and value > 0):  # a mapping is a schedule
             raise ValueError(f"{name}={value!r}: give a positive number")
+    budget = _value(cfg, "trainer.memory_gb", None)
+    if budget is not None and not budget > 0:
+        raise ValueError(f"trainer.memory_gb={budget}: give a positive number of GB, or null for no limit")
     for name in sorted(OmegaConf.missing_keys(cfg)):  # after the numbers: it follows interpolations
         raise ValueError(f"{name} has no value: give {name}=...")
     build_protocol(cfg)

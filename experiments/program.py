@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from maml.tasks.decode import cache_folder, digest
 from maml.train import NonFinite
 
 BAD_INPUT = 2
@@ -30,8 +33,28 @@ class Refused(Exception):
     """A job of a multirun was refused, and said so."""
 
 
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk (`xla` in the folder of decoded images), so that a second start compiles nothing.
+
+    Each kind of processor has a folder of its own: code compiled for one may not run on another that shares the disk. What JAX is
+    told otherwise (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=false) stands.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = cache_folder(None) / "xla" / digest(platform.machine(), _processor(), jax.__version__)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
 def run_program(job: Job) -> None:
     """Run a job as Hydra's program; a refusal is one line on stderr. HYDRA_FULL_ERROR=1 shows the traceback instead."""
+    keep_compiled()
     main = hydra.main(version_base="1.3", config_path="../conf", config_name="config")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return main(job)()

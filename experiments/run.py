@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments import build, pictures, results
+from experiments import build, pictures, plan, results
 from experiments.program import INTERRUPTED, Interrupt, run_program
 from maml import plots, train
 from maml.checkpoint import Checkpoints
@@ -32,6 +32,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     # The parts, as they were left.
     learner = build.learner(cfg)
     protocol, measure = build.evaluation(cfg, learner)
+    if cfg.trainer.memory_gb is not None:
+        learner = plan.fitting(cfg, learner)
     checkpoints = Checkpoints(directory / "checkpoints", cfg.trainer.keep_checkpoints)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     progress = results.resume(cfg, directory, checkpoints, progress)
@@ -112,7 +114,10 @@ def _tell(loggers: Sequence[Any], what: str, *arguments: Any) -> None:
 
 
 def job(cfg: DictConfig) -> None:
+    if cfg.plan:
+        return plan.show(cfg)
     run(cfg, Path(HydraConfig.get().runtime.output_dir))
+    return None
 
 
 def main() -> None:

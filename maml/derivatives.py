@@ -144,6 +144,29 @@ def _without_forward_mode(jaxpr: Any) -> Iterator[str]:
             yield from _without_forward_mode(inner)
 
 
+def in_bfloat16(derivative: Derivative) -> Derivative:
+    """The same derivative of a loss that is computed in bfloat16; parameters, gradients and updates stay in float32.
+
+    Parameters and batch are rounded at each inner step. A meta-gradient can be far more sensitive than a gradient: at a random
+    Conv-4 with batch norm a relative change of 2⁻⁹ of the parameters alone turns it by 15 degrees.
+    """
+
+    def rounded(loss: Loss) -> Gradient:
+        gradient = derivative(loss)
+
+        def gradient_in_float32(params, batch, key):
+            params, batch = _cast((params, batch), jnp.float32, jnp.bfloat16)
+            return _cast(gradient(params, batch, key), jnp.bfloat16, jnp.float32)
+
+        return gradient_in_float32
+
+    return rounded
+
+
+def _cast(tree: Any, source: Any, target: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(target) if jnp.result_type(x) == source else x, tree)
+
+
 class Truncated(NamedTuple):
     """Derivatives of the parts of an inner loop: first order until `last` steps before the end, then `derivative`."""
 

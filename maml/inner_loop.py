@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from maml.derivatives import Derivative, Truncated, pieces, reverse
+from maml.derivatives import Derivative, Truncated, in_bfloat16, pieces, reverse
 from maml.types import Adapt, Adapted, Loss, Params, Trace
 
 _GRADIENT = "inner_gradient"
@@ -25,6 +25,7 @@ def unroll(
     steps: int,
     derivative: Derivative | Truncated = reverse,
     remat: int | None = None,
+    precision: str = "float32",
 ) -> Adapt:
     """An inner loop of `steps` updates of any optax optimizer, under `lax.scan`.
 
@@ -36,18 +37,22 @@ def unroll(
       remat: rematerialise blocks of so many steps: the backward pass keeps the parameters (and the optimizer's state) between
         blocks alone, and computes each block again; inner gradients are kept where the optimizer needs them, as in MixFlow-MG
         (arXiv 2505.00793). Memory is steps/remat · |θ| and what `remat` steps take. None: everything is kept.
+      precision: "bfloat16": inner losses and their gradients are computed in it (`derivatives.in_bfloat16`), the parameters and
+        all that the outer loop sees stay in float32.
 
     Raises:
-      ValueError: at the call of this factory, for a negative or fractional number of steps, or a block of none.
+      ValueError: at the call of this factory, for a negative or fractional number of steps, a block of none, another precision.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, 0 or more")
     if remat is not None and (not isinstance(remat, int) or isinstance(remat, bool) or remat < 1):
         raise ValueError(f"remat={remat!r}: give the steps of a block, 1 or more, or None to keep everything")
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision={precision!r}: give float32 or bfloat16")
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
         def run(of: Derivative):
-            gradient = of(loss)
+            gradient = (in_bfloat16(of) if precision == "bfloat16" else of)(loss)
 
             def step(carry, key):
                 params, state = carry

@@ -1,12 +1,13 @@
 """Losses: each a factory from a forward function `apply(params, inputs)` to `loss(params, batch, key)`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from maml.types import Apply, Conditioned, Loss, Params
+from maml.types import Apply, Batch, Conditioned, Key, Loss, Metrics, Params
 
 
 def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
@@ -19,7 +20,12 @@ def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
         raise ValueError(
             "norm='support' needs an apply from maml.models.functional: use norm='batch', or an NNX module"
         )
-    return apply(params, inputs)
+    return jax.tree.map(_wide, apply(params, inputs))
+
+
+def _wide(outputs: jax.Array) -> jax.Array:
+    """At least float32: a loss of bfloat16 outputs would lose most of its digits."""
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 def mse(apply: Apply) -> Loss:
@@ -58,4 +64,19 @@ def cross_entropy(apply: Apply) -> Loss:
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         return value, {"loss": value, "accuracy": jax.lax.stop_gradient(accuracy)}
 
+    return loss
+
+
+def semi_gradient(two_argument: Callable[[Params, Params, Batch, Key], tuple[jax.Array, Metrics]]) -> Loss:
+    """A loss whose inner step follows the partial derivative in its first argument alone: g(θ) = ∂₁L(θ, θ), as in TD(0).
+
+    `two_argument(params, target, batch, key)` -> (value, metrics). An inner loop differentiates the field g itself, hence both
+    arguments: `stop_gradient` on the target inside a loss gives the same inner step and another, wrong, meta-gradient. g is no
+    gradient, and its Jacobian not symmetric. As a plain loss, such as the outer one, it is L(θ, stop_gradient(θ)).
+    """
+
+    def loss(params, batch, key):
+        return two_argument(params, jax.tree.map(jax.lax.stop_gradient, params), batch, key)
+
+    loss.two_argument = two_argument
     return loss

@@ -65,6 +65,7 @@ def main(*arguments: str, program=run) -> Ended:
         _own_logging(),
     ):
         patch.setattr(sys, "argv", [program.__name__, *arguments])
+        patch.setattr("experiments.program.keep_compiled", lambda: None)
         try:
             program.main()
         except SystemExit as error:

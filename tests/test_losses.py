@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from maml.losses import cross_entropy, mse
+from maml.derivatives import mixed, reverse
+from maml.inner_loop import unroll
+from maml.losses import cross_entropy, mse, semi_gradient
 
 KEY = jax.random.key(0)
 
@@ -49,3 +52,28 @@ def test_the_second_derivative_of_cross_entropy_is_the_softmax_covariance():
 
     p = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(jax.hessian(loss)(logits), np.diag(p) - np.outer(p, p), atol=1e-6)
+
+
+def test_a_semi_gradient_is_the_partial_derivative_and_its_value_stops_the_target():
+    def two(params, target, batch, key):
+        del key
+        value = (batch * params**2 + 3.0 * params * target + target**2).sum()
+        return value, {"loss": value}
+
+    loss, point = semi_gradient(two), jnp.array([1.0, -2.0])
+    grads = jax.grad(loss, has_aux=True)(point, jnp.float32(0.5), KEY)[0]
+    np.testing.assert_allclose(grads, point + 3.0 * point, rtol=1e-6)  # 2 batch θ + 3 target
+    adapted = unroll(optax.sgd(0.1), 1)(loss, point, jnp.float32(0.5), KEY).params
+    np.testing.assert_allclose(adapted, 0.6 * point, rtol=1e-6)
+    for derivative in (reverse, mixed):  # the Jacobian of the step is 1 - 0.1 (2 batch + 3), with both arguments differentiated
+        adapt = unroll(optax.sgd(0.1), 1, derivative)
+        moved = jax.jacrev(lambda p, adapt=adapt: adapt(loss, p, jnp.float32(0.5), KEY).params)(point)
+        np.testing.assert_allclose(moved, 0.6 * np.eye(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [mse, cross_entropy])
+def test_the_loss_of_bfloat16_outputs_is_float32(make):
+    inputs = jnp.linspace(-1, 1, 6).reshape(3, 2)
+    targets = jnp.array([0, 1, 1]) if make is cross_entropy else 2 * inputs
+    value, _ = make(lambda p, x: (p * x).astype(jnp.bfloat16))(jnp.float32(3.0), (inputs, targets), KEY)
+    assert value.dtype == jnp.float32

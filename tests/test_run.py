@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -369,3 +370,23 @@ def test_runs_go_to_outputs_and_multirun_by_date():
     assert hydra["run"]["dir"] == "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
     assert hydra["sweep"]["dir"] == "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"
     assert hydra["sweep"]["subdir"] == "${hydra:job.override_dirname}"
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    """Programs are kept on disk; a second process reads them, and writes none."""
+
+    def run_once(name: str) -> set[Path]:
+        environment = {"MAML_CACHE": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+            ended = finish(start(*SMALL, "logger=quiet", f"hydra.run.dir={tmp_path / name}"))
+        assert ended.code == 0, ended.err
+        return {path for path in (tmp_path / "cache" / "xla").rglob("*") if path.name.endswith("-cache")}
+
+    first = run_once("first")
+    assert first
+    assert run_once("second") == first
+    texts = [json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"] for name in ("first", "second")]
+    assert texts[0] == texts[1]
