@@ -139,7 +139,9 @@ def cost(traced: jax.stages.Traced, chunk: int) -> Cost:
 
     On CPU the machine code is not optimised, in a third of the time: memory is laid out before there is any.
     """
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    options: dict[str, str | bool] | None = (
+        {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    )
     memory = traced.lower().compile(options).memory_analysis()
     names = ("argument", "output", "temp", "alias")
     return Cost(chunk, count(traced.jaxpr), *(int(getattr(memory, f"{name}_size_in_bytes")) for name in names))

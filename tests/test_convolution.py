@@ -99,7 +99,9 @@ def test_nested_maps_are_xlas(strides):
     def everything(c, x, k):
         f = jax.grad(function(c, strides, "SAME"), (0, 1))
         all_pairs = jax.vmap(jax.vmap(f, (None, 0)), (0, None))(x, k)
-        tasks = jax.vmap(jax.vmap(f, (0, None), 1), (0, 0), 2)(x[None], k[:1])  # several images sets for a task's kernel
+        tasks = jax.vmap(jax.vmap(f, (0, None), 1), (0, 0), 2)(
+            x[None], k[:1]
+        )  # several images sets for a task's kernel
         axes = jax.vmap(f, (-1, 2))(jnp.moveaxis(x, 0, -1), jnp.moveaxis(k, 0, 2)[..., :3])
         return all_pairs, tasks, axes
 
@@ -132,7 +134,10 @@ def test_blocks_of_images_are_the_whole(strides, monkeypatch):
 
     def everything(c, x, k):
         f = function(c, strides, "SAME")
-        y, gradient = partial(c, window_strides=strides) if c is xla else partial(c, strides=strides), jax.grad(f, (0, 1))
+        y, gradient = (
+            partial(c, window_strides=strides) if c is xla else partial(c, strides=strides),
+            jax.grad(f, (0, 1)),
+        )
         one = y(x[0], k[0], padding="SAME"), gradient(x[0], k[0])
         return one, jax.vmap(gradient)(x, k), jax.jvp(gradient, (x[0], k[0]), (x[1], k[1]))
 

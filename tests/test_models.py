@@ -1,4 +1,4 @@
-"""Networks: sizes of the papers, batch norm modes, the CPU convolution against XLA's."""
+"""Networks: sizes of the papers, batch norm modes, max-pool and its derivatives."""
 
 from functools import partial
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
 
 from maml.models import MLP, Conv4, functional
-from maml.models.conv import _max_pool, _patches_convolution
+from maml.models.conv import _max_pool
 from maml.types import Conditioned
+from tests.helpers import central_difference, dot, random_like
 
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
 
@@ -41,23 +41,47 @@ def test_parameter_counts_are_those_of_the_papers(model, size):
     assert count(model(nnx.Rngs(0))) == size
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(28, 28), (7, 5), (84, 84)])
-def test_the_cpu_convolution_is_xlas(stride, shape):
-    generator = np.random.default_rng(0)
-    x = jnp.asarray(generator.normal(size=(2, *shape, 3)), jnp.float32)
-    w = jnp.asarray(generator.normal(size=(3, 3, 3, 4)), jnp.float32)
-    xla = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    both = [jax.vjp(lambda x, w, c=c: c(x, w, (stride, stride), "SAME"), x, w) for c in (_patches_convolution, xla)]
-    (ours, ours_vjp), (expected, expected_vjp) = both
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-    for a, b in zip(ours_vjp(expected), expected_vjp(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3 * float(jnp.abs(b).max()))
-
-
 def test_max_pool_is_the_window_maximum_and_cuts_odd_borders():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, 3)), jnp.float32)
     np.testing.assert_array_equal(_max_pool(x), nnx.max_pool(x, (2, 2), (2, 2)))
+
+
+def test_of_equal_values_the_first_is_the_maximum_and_a_nan_is():
+    x = jnp.zeros((1, 2, 4, 1)).at[0, :, 2:, 0].set(jnp.array([[1.0, 3.0], [jnp.nan, 3.0]]))
+    np.testing.assert_array_equal(_max_pool(x)[0, 0, :, 0], [0.0, jnp.nan])
+    gradient = jax.grad(lambda x: _max_pool(x).sum())(x)[0, :, :, 0]
+    np.testing.assert_array_equal(gradient, [[1, 0, 0, 0], [0, 0, 1, 0]])
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_second_derivative_of_max_pool_after_batch_norm_is_the_central_difference():
+    """Under jit, where a compiler may compute the normalised values twice, and differently; ReLU on either side of the pool."""
+    norm = nnx.BatchNorm(3, use_running_average=False, momentum=0.0, use_fast_variance=False, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(norm)
+    state = jax.tree.map(lambda x: x.astype(jnp.float64), state)
+    weights = random_like(0, jnp.zeros((4, 3, 2, 3)))
+
+    def gradient(order, x):
+        def f(x):
+            x = nnx.merge(graphdef, state)(x)
+            x = _max_pool(nnx.relu(x)) if order == "before" else nnx.relu(_max_pool(x))
+            return jnp.sum(weights * jnp.sin(x))
+
+        return jax.grad(f)(x)
+
+    x, along, toward = (random_like(i, jnp.zeros((4, 7, 4, 3))) for i in (1, 2, 3))
+    results = []
+    for order in ("before", "after"):
+
+        def slope(x, order=order):
+            return jnp.vdot(toward, gradient(order, x))
+
+        result = jax.jit(lambda x, f=slope: (jax.jvp(f, (x,), (along,))[1], jax.grad(f)(x)))(x)
+        expected = central_difference(jax.jit(slope), x, along, epsilon=1e-6)
+        assert float(result[0]) == pytest.approx(expected, rel=1e-6)
+        assert dot(result[1], along) == pytest.approx(expected, rel=1e-6)
+        results.append(result)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), *results)
 
 
 def models(norm):
