@@ -39,7 +39,7 @@ def keep_compiled() -> None:
     Each kind of processor has a folder of its own: code compiled for one may not run on another that shares the disk. What JAX is
     told otherwise (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE=false) stands.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         folder = cache_folder(None) / "xla" / digest(platform.machine(), _processor(), jax.__version__)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

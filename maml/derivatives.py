@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad
@@ -86,9 +87,10 @@ def _forward_over_reverse(value: Callable) -> Callable:
     """(params, floats, others) -> (∂₁ value(params, params, floats, others), metrics), with the derivative of `mixed`."""
     partials = jax.grad(value, (0, 1, 2), has_aux=True)
 
-    @jax.custom_vjp
-    def field(params, floats, others):
+    def plain(params, floats, others):
         return jax.grad(value, has_aux=True)(params, params, floats, others)
+
+    field = jax.custom_vjp(plain)
 
     def forward(params, floats, others):
         def along(moved):
@@ -98,7 +100,7 @@ def _forward_over_reverse(value: Callable) -> Callable:
             (grads, _, _), product, metrics = jax.linearize(along, params, has_aux=True)
         except (TypeError, NotImplementedError, ValueError) as error:
             _warn(value, (params, params, floats, others), error)
-            grads, pull, metrics = jax.vjp(lambda p, f: field.fun(p, f, others), params, floats, has_aux=True)
+            grads, pull, metrics = jax.vjp(lambda p, f: plain(p, f, others), params, floats, has_aux=True)
             return (grads, metrics), _Pull(pull, transposed=True)
         return (grads, metrics), _Pull(product, transposed=False)
 
@@ -125,8 +127,8 @@ def _warn(value: Callable, arguments: tuple, error: Exception) -> None:
     jaxpr = jax.make_jaxpr(jax.grad(value, has_aux=True))(*arguments).jaxpr
     names = sorted(set(_without_forward_mode(jaxpr))) or [str(error).splitlines()[0]]
     warnings.warn(
-        f"derivative=mixed: {', '.join(names)} cannot be differentiated forwards, so the outer derivative of this loss is reverse "
-        "over reverse: the same value, more memory. Give the operation a jvp, or derivative=reverse",
+        f"derivative=mixed: {', '.join(names)} cannot be differentiated forwards, so the outer derivative of this loss is "
+        "reverse over reverse: the same value, more memory. Give the operation a jvp, or derivative=reverse",
         stacklevel=2,
     )
 

@@ -115,24 +115,28 @@ def test_the_trajectory_is_that_of_optax(name):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-7), at, params)
 
 
-NEED_THE_LOSS = {"lbfgs", "polyak_sgd"}  # their update takes the value of the loss: not usable in the inner loop
+# Not usable in the inner loop: lbfgs, polyak_sgd, contrib.momo, momo_adam (their update takes the value of the loss), sophia (the
+# loss), sam (another gradient). Without a derivative in optax, at any gradient: radam (the root of a negative number in the branch
+# that `where` does not take), contrib.dog (a norm of θ₀ - θ₀) and galore (an SVD); at zero: adopt (a maximum at its kink over a
+# root), dadapt_adamw.
+UNUSABLE = {"lbfgs", "polyak_sgd", "radam", "optimistic_adam"}  # the last is deprecated
 ALIASES = sorted(
-    name
-    for name, f in vars(optax).items()
-    if getattr(f, "__module__", "") == "optax._src.alias" and not isinstance(f, type)
-    if name not in NEED_THE_LOSS | {"optimistic_adam"}  # deprecated
+    {"nadam", "nadamw"}.union(
+        name
+        for name, f in vars(optax).items()
+        if getattr(f, "__module__", "") == "optax._src.alias" and not isinstance(f, type)
+    )
+    - UNUSABLE
 )
-# Not usable either: momo, momo_adam (the value of the loss), sophia (the loss), sam (another gradient). And dadapt_adamw, dog and
-# prodigy have no derivative at the start: they estimate a distance by a norm of θ₀ - θ₀.
 CONTRIB = (
-    *("acprop", "ademamix", "adopt", "cocob", "dowg", "galore", "madgrad", "muon"),
-    *("schedule_free_adamw", "schedule_free_sgd", "simplified_ademamix"),
+    *("acprop", "ademamix", "cocob", "dowg", "madgrad", "muon"),
+    *("prodigy", "schedule_free_adamw", "schedule_free_sgd", "simplified_ademamix"),
 )
 
 
 def test_the_list_of_aliases_is_not_empty():
     assert {"adafactor", "adam", "lamb", "lion", "nadam", "noisy_sgd", "sgd", "sm3", "yogi"} <= {*ALIASES}
-    assert len(ALIASES) >= 28
+    assert len(ALIASES) >= 27
 
 
 def make(name: str) -> optax.GradientTransformation:
@@ -145,12 +149,12 @@ def make(name: str) -> optax.GradientTransformation:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [*dict.fromkeys((*OPTIMIZERS, *ALIASES, *CONTRIB))])
 def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zero_gradient(name):
-    """The gradient of "a" is zero, and so is an element of that of "b"."""
+    """The gradient of "a" is zero, and so is an element of that of "b"; the curvature is not, so that both count."""
     optimizer, params = make(name), {"a": jnp.ones((2, 3)), "b": jnp.array([0.5, 0.0, -1.0])}
 
     def loss(params, batch, key):
         del key
-        value = 0.0 * params["a"].sum() + ((params["b"] + batch) ** 2).sum() / 2
+        value = ((params["a"] - 1) ** 2).sum() / 2 + ((params["b"] + batch) ** 2).sum() / 2
         return value, {"loss": value}
 
     def adapted(params, derivative):
@@ -168,7 +172,7 @@ def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zer
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), other, grads)
     state = optimizer.init(params)
     for _ in range(3):
-        updates, state = update({"a": jnp.zeros((2, 3)), "b": params["b"] + 1}, state, params)
+        updates, state = update({"a": params["a"] - 1, "b": params["b"] + 1}, state, params)
         params = optax.apply_updates(params, updates)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-12), after, params)
 

@@ -65,7 +65,10 @@ def test_a_semi_gradient_is_the_partial_derivative_and_its_value_stops_the_targe
     np.testing.assert_allclose(grads, point + 3.0 * point, rtol=1e-6)  # 2 batch θ + 3 target
     adapted = unroll(optax.sgd(0.1), 1)(loss, point, jnp.float32(0.5), KEY).params
     np.testing.assert_allclose(adapted, 0.6 * point, rtol=1e-6)
-    for derivative in (reverse, mixed):  # the Jacobian of the step is 1 - 0.1 (2 batch + 3), with both arguments differentiated
+    for derivative in (
+        reverse,
+        mixed,
+    ):  # the Jacobian of the step is 1 - 0.1 (2 batch + 3), with both arguments differentiated
         adapt = unroll(optax.sgd(0.1), 1, derivative)
         moved = jax.jacrev(lambda p, adapt=adapt: adapt(loss, p, jnp.float32(0.5), KEY).params)(point)
         np.testing.assert_allclose(moved, 0.6 * np.eye(2), atol=1e-6)

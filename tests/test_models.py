@@ -53,35 +53,34 @@ def test_of_equal_values_the_first_is_the_maximum_and_a_nan_is():
     np.testing.assert_array_equal(gradient, [[1, 0, 0, 0], [0, 0, 1, 0]])
 
 
+class NormPool(nnx.Module):
+    def __init__(self, rngs, *, last: bool):
+        self.norm, self.last = nnx.BatchNorm(3, rngs=rngs), last
+
+    def __call__(self, x):
+        x = self.norm(x)
+        return nnx.relu(_max_pool(x)) if self.last else _max_pool(nnx.relu(x))
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_second_derivative_of_max_pool_after_batch_norm_is_the_central_difference():
     """Under jit, where a compiler may compute the normalised values twice, and differently; ReLU on either side of the pool."""
-    norm = nnx.BatchNorm(3, use_running_average=False, momentum=0.0, use_fast_variance=False, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(norm)
-    state = jax.tree.map(lambda x: x.astype(jnp.float64), state)
-    weights = random_like(0, jnp.zeros((4, 3, 2, 3)))
-
-    def gradient(order, x):
-        def f(x):
-            x = nnx.merge(graphdef, state)(x)
-            x = _max_pool(nnx.relu(x)) if order == "before" else nnx.relu(_max_pool(x))
-            return jnp.sum(weights * jnp.sin(x))
-
-        return jax.grad(f)(x)
-
     x, along, toward = (random_like(i, jnp.zeros((4, 7, 4, 3))) for i in (1, 2, 3))
-    results = []
-    for order in ("before", "after"):
+    weights, results = random_like(0, jnp.zeros((4, 3, 2, 3))), []
+    for last in (False, True):
+        apply, params = functional(NormPool(nnx.Rngs(0), last=last))
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
 
-        def slope(x, order=order):
-            return jnp.vdot(toward, gradient(order, x))
+        def slope(x, apply=apply, params=params):
+            gradient = jax.grad(lambda x: jnp.sum(weights * jnp.sin(apply(params, x))))
+            return jnp.vdot(toward, gradient(x))
 
-        result = jax.jit(lambda x, f=slope: (jax.jvp(f, (x,), (along,))[1], jax.grad(f)(x)))(x)
+        forward, gradient = jax.jit(lambda x, f=slope: (jax.jvp(f, (x,), (along,))[1], jax.grad(f)(x)))(x)
         expected = central_difference(jax.jit(slope), x, along, epsilon=1e-6)
-        assert float(result[0]) == pytest.approx(expected, rel=1e-6)
-        assert dot(result[1], along) == pytest.approx(expected, rel=1e-6)
-        results.append(result)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), *results)
+        assert float(forward) == pytest.approx(expected, rel=1e-6)
+        assert dot(gradient, along) == pytest.approx(expected, rel=1e-6)
+        results.append(gradient)
+    np.testing.assert_allclose(*results, atol=1e-10)
 
 
 def models(norm):

@@ -388,5 +388,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
     first = run_once("first")
     assert first
     assert run_once("second") == first
-    texts = [json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"] for name in ("first", "second")]
+    texts = [
+        json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"] for name in ("first", "second")
+    ]
     assert texts[0] == texts[1]

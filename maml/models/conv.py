@@ -62,7 +62,9 @@ class Conv4(nnx.Module):
         self.norms = nnx.List(norm(filters, rngs=rngs) for _ in range(4)) if norm else None
         if self.norms and isinstance(self.norms[0], nnx.BatchNorm):
             for conv in self.convs:
-                conv.use_bias = False  # its bias stays a parameter, and need not be added: (x + b) - mean(x + b) = x - mean(x)
+                conv.use_bias = (
+                    False  # its bias stays a parameter, and need not be added: (x + b) - mean(x + b) = x - mean(x)
+                )
         features = filters * (height * width if head == "flatten" else 1)
         self.linear = nnx.Linear(features, outputs, kernel_init=head_init, rngs=rngs)
 
@@ -86,9 +88,9 @@ def _max_pool(
 ) -> Float[Array, "batch half_height half_width channels"]:
     """2×2 max-pool (VALID: odd borders are cut); of equal values the first counts, as in TensorFlow.
 
-    The derivative takes what stands at the place of the maximum, which comparisons find: always exactly one. That of `max` compares
-    the maximum with its arguments: where a compiler computes one of them again with other roundings no argument is equal, and
-    the derivative is lost (XLA on CPU does so in second order).
+    The derivative takes what stands at the place of the maximum, which comparisons find: always exactly one. That of `max`
+    compares the maximum with its arguments: where a compiler computes one of them again with other roundings no argument is
+    equal, and the derivative is lost (XLA on CPU does so in second order).
     """
     return _first_maximum(x)[0]
 

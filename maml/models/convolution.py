@@ -1,12 +1,12 @@
 """A convolution that stays fast when it is differentiated several times and mapped over tasks.
 
-Under a map over tasks every task has a kernel of its own, and XLA's batch-grouped convolutions and kernel gradients are slow there
-(jax #13800; on CPU also without a map). A convolution y = x * k and its two transposes are three bilinear operations
+Under a map over tasks every task has a kernel of its own, and XLA's batch-grouped convolutions and kernel gradients are slow
+there (jax #13800; on CPU also without a map). A convolution y = x * k and its two transposes are three bilinear operations
 
     y = conv(x, k)          dx = conv_input(dy, k)          dk = conv_kernel(x, dy)
 
-and the transpose of each with respect to either argument is again one of the three. So any nesting of forward and reverse mode stays
-within them, nothing but their own arguments is ever kept for a backward pass, and each is lowered to what is fast.
+and the transpose of each with respect to either argument is again one of the three. So any nesting of forward and reverse mode
+stays within them, nothing but their own arguments is ever kept for a backward pass, and each is lowered to what is fast.
 """
 
 import functools
@@ -46,17 +46,21 @@ def convolution(
     del dimension_numbers, unused
     strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2]:
-        raise ValueError(f"convolution: inputs {x.shape} and kernel {kernel.shape}: give NHWC and HWIO with equal channels")
+        raise ValueError(
+            f"convolution: inputs {x.shape} and kernel {kernel.shape}: give NHWC and HWIO with equal channels"
+        )
     if feature_group_count != 1 or set(map(int, (*lhs_dilation, *rhs_dilation))) != {1}:
         raise ValueError("convolution has no dilation and no groups: use lax.conv_general_dilated for this layer")
-    pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding) if isinstance(padding, str) else padding
+    pads = (
+        lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding) if isinstance(padding, str) else padding
+    )
     x, kernel = (a.astype(jnp.result_type(x, kernel)) for a in (x, kernel))
     pads = tuple((int(low), int(high)) for low, high in pads)
     return conv_p.bind(x[None], kernel[None], strides=strides, pads=pads, size=())[0]
 
 
-# Each operand has a leading axis of tasks: [tasks, batch, height, width, channels] and [tasks, height, width, channels, features].
-# `size` is what the operands do not tell: height and width of dx, or of the kernel.
+# Each operand has a leading axis of tasks: [tasks, batch, height, width, channels] and [tasks, height, width,
+# channels, features]. `size` is what the operands do not tell: height and width of dx, or of the kernel.
 
 conv_p, conv_input_p, conv_kernel_p = (Primitive(name) for name in ("conv", "conv_input", "conv_kernel"))
 
@@ -144,7 +148,10 @@ def _shifts(x, size, strides, pads, axis: int = 1):
 
     def along(axis, n, k, s):  # slices of an axis, for each position
         high = (n - k) // s + 1
-        return [functools.partial(lax.slice_in_dim, start_index=i, limit_index=i + s * (high - 1) + 1, stride=s, axis=axis) for i in range(k)]
+        return [
+            functools.partial(lax.slice_in_dim, start_index=i, limit_index=i + s * (high - 1) + 1, stride=s, axis=axis)
+            for i in range(k)
+        ]
 
     rows, columns = (along(axis + i, x.shape[axis + i], size[i], strides[i]) for i in (0, 1))
     return [column(row(x)) for row in rows for column in columns]
@@ -181,7 +188,9 @@ def _conv_input(dy, k, *, strides, pads, size):
 def _conv_kernel(x, dy, *, strides, pads, size):
     # Transposed by hand: a product whose first argument is transposed is slow on CPU where the result is small.
     if max(strides) == 1:
-        patches = jnp.concatenate(_shifts(lax.optimization_barrier(jnp.moveaxis(x, -1, 0)), size, strides, pads, axis=2))
+        patches = jnp.concatenate(
+            _shifts(lax.optimization_barrier(jnp.moveaxis(x, -1, 0)), size, strides, pads, axis=2)
+        )
         patches = lax.optimization_barrier(patches.reshape(-1, math.prod(dy.shape[:-1])))
     else:
         patches = _patches(x, size, strides, pads)
@@ -193,11 +202,16 @@ def _conv_kernel(x, dy, *, strides, pads, size):
 
 
 def _one_by_one(operation, xla, images: int):
-    """CPU: tasks one after the other. Where the patches are too large for the cache: XLA's own convolution if it is fast there (no
-    stride, and no sum over images), or blocks of images; the sum over blocks is dk."""
+    """CPU: tasks one after the other.
+
+    Where the patches are too large for the cache: XLA's own convolution if it is fast there (no stride, and no sum over images), or
+    else blocks of images, whose sum is dk.
+    """
 
     def lowered(a, b, **how):
-        y = jax.eval_shape(functools.partial(operation, **how), *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (a, b)))
+        y = jax.eval_shape(
+            functools.partial(operation, **how), *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (a, b))
+        )
         conv_side = {_conv: y, _conv_input: a[0], _conv_kernel: b[0]}[operation]  # has an element for each patch
         kernel = y if operation is _conv_kernel else b[0]
         size = math.prod(conv_side.shape[1:3]) * math.prod(kernel.shape[:3]) * y.dtype.itemsize
