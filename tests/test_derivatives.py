@@ -40,7 +40,7 @@ def error(a, b) -> float:
 
 def check(value, arguments, modes=MODES, slope=1e-6, epsilon=1e-6, modes_agree=1e-10):
     """d value(mode)/d each argument: all modes agree, and with the central difference of the value."""
-    every = tuple(range(len(arguments)))
+    every, steps = tuple(range(len(arguments))), np.broadcast_to(epsilon, len(arguments))
     grads = jit(lambda *a: {m: jax.grad(partial(value, *modes[m]), every)(*a) for m in modes})(*arguments)
     expected = grads["reverse"]
     for mode in modes:
@@ -50,7 +50,7 @@ def check(value, arguments, modes=MODES, slope=1e-6, epsilon=1e-6, modes_agree=1
     for i, argument in enumerate(arguments):
         along = random_like(6 + i, argument)
         difference = central_difference(
-            lambda x, i=i: f(*arguments[:i], x, *arguments[i + 1 :]), argument, along, epsilon
+            lambda x, i=i: f(*arguments[:i], x, *arguments[i + 1 :]), argument, along, steps[i]
         )
         assert dot(expected[i], along) == pytest.approx(difference, rel=slope, abs=slope * 1e-2), i
 
@@ -58,12 +58,19 @@ def check(value, arguments, modes=MODES, slope=1e-6, epsilon=1e-6, modes_agree=1
 # The matrix: models, optimizers, steps.
 
 
+def attend(query, key, value, **unused):
+    """[batch, tokens, heads, features]; JAX's own takes its softmax in float32, also here."""
+    del unused
+    weights = jax.nn.softmax(jnp.einsum("bthf,bshf->bhts", query, key) / query.shape[-1] ** 0.5)
+    return jnp.einsum("bhts,bshf->bthf", weights, value)
+
+
 class Block(nnx.Module):
     """A transformer block on [batch, tokens, features] and a linear head on the mean token."""
 
     def __init__(self, features: int, outputs: int, rngs: nnx.Rngs):
         self.norms = nnx.List(nnx.LayerNorm(features, rngs=rngs) for _ in range(2))
-        self.attention = nnx.MultiHeadAttention(2, features, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, features, decode=False, attention_fn=attend, rngs=rngs)
         self.inner, self.outer = nnx.Linear(features, 6, rngs=rngs), nnx.Linear(6, features, rngs=rngs)
         self.head = nnx.Linear(features, outputs, rngs=rngs)
 
@@ -120,7 +127,8 @@ def test_modes_agree_and_are_the_central_difference(model, optimizer, steps):
         adapt = unroll(OPTIMIZERS[optimizer](rate), steps, derivative, remat)
         return query_loss(loss, adapt)(params, Task((inputs, task.support[1]), task.query), KEY, 0)[0]
 
-    check(value, (params, jnp.float64(0.05), task.support[0]), epsilon=1e-6 if model == "transformer" else 1e-7)
+    small = 1e-7 if model == "conv4" else 1e-6  # less than the way to the next kink of ReLU or max-pool
+    check(value, (params, jnp.float64(0.05), task.support[0]), epsilon=(small, 1e-5, small))
 
 
 @pytest.mark.usefixtures("x64")
@@ -210,7 +218,7 @@ def test_a_loss_that_draws_and_has_integers():
     params = random_like(0, {"w": jnp.zeros((4, 6)), "v": jnp.zeros((6, 3))})
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 4, size=(2, 5)))
     labels = jnp.asarray(np.random.default_rng(2).integers(0, 3, size=(2, 5)))
-    other = jax.random.key(7)
+    other = jax.random.key(7, impl="rbg")
 
     def loss(params, batch, key):
         tokens, labels, sizes = batch
@@ -541,11 +549,12 @@ def case_b(queries: int = 75):
 
 @pytest.mark.slow
 def test_memory_of_mixed_mode_with_rematerialised_steps():
+    """The query set takes the same in both modes (with 75 images half of all): what counts is the growth with the steps."""
     loss, params, task = case_b()
     used = {n: temporaries(of_one_task(loss, mixed, n, 1), params, task) for n in (5, 20, 50)}
-    plain = temporaries(of_one_task(loss, reverse, 20), params, task)
-    print(used, plain, size(params))
-    assert used[20] <= 0.2 * plain, (used, plain)
+    plain = {n: temporaries(of_one_task(loss, reverse, n), params, task) for n in (5, 20)}
+    assert used[20] - used[5] <= 0.2 * (plain[20] - plain[5]), (used, plain)
+    assert used[20] <= 0.5 * plain[20], (used, plain)
     assert used[50] - used[5] <= 1.2 * 45 * size(params), (used, size(params))
 
 
@@ -561,5 +570,4 @@ def test_evaluation_needs_the_memory_of_first_order():
 
     ours = temporaries(evaluation, params, many)
     training = temporaries(of_one_task(loss, first_order, 10), params, task)
-    print(ours, training)
-    assert ours <= training
+    assert ours <= training, (ours, training)

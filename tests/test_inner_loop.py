@@ -115,10 +115,9 @@ def test_the_trajectory_is_that_of_optax(name):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-7), at, params)
 
 
-# Not usable in the inner loop: lbfgs, polyak_sgd, contrib.momo, momo_adam (their update takes the value of the loss), sophia (the
-# loss), sam (another gradient). Without a derivative in optax, at any gradient: radam (the root of a negative number in the branch
-# that `where` does not take), contrib.dog (a norm of θ₀ - θ₀) and galore (an SVD); at zero: adopt (a maximum at its kink over a
-# root), dadapt_adamw.
+# Not usable in the inner loop: lbfgs, polyak_sgd, contrib.momo and momo_adam (their update takes the value of the loss), sophia
+# (the loss), sam (another gradient). Without a derivative in optax, at any gradient: radam (the root of a negative number in the
+# branch that `where` does not take), contrib.dog (a norm of θ₀ - θ₀) and galore (an SVD); at zero: contrib.adopt, dadapt_adamw.
 UNUSABLE = {"lbfgs", "polyak_sgd", "radam", "optimistic_adam"}  # the last is deprecated
 ALIASES = sorted(
     {"nadam", "nadamw"}.union(
@@ -147,7 +146,9 @@ def make(name: str) -> optax.GradientTransformation:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [*dict.fromkeys((*OPTIMIZERS, *ALIASES, *CONTRIB))])
+@pytest.mark.parametrize(
+    "name", [*dict.fromkeys((*OPTIMIZERS, *ALIASES)), *(pytest.param(n, marks=pytest.mark.slow) for n in CONTRIB)]
+)
 def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zero_gradient(name):
     """The gradient of "a" is zero, and so is an element of that of "b"; the curvature is not, so that both count."""
     optimizer, params = make(name), {"a": jnp.ones((2, 3)), "b": jnp.array([0.5, 0.0, -1.0])}

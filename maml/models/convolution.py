@@ -204,8 +204,8 @@ def _conv_kernel(x, dy, *, strides, pads, size):
 def _one_by_one(operation, xla, images: int):
     """CPU: tasks one after the other.
 
-    Where the patches are too large for the cache: XLA's own convolution if it is fast there (no stride, and no sum over images), or
-    else blocks of images, whose sum is dk.
+    Where the patches are too large for the cache: XLA's own convolution if it is fast there (no stride, and no sum over images),
+    or else blocks of images, whose sum is dk.
     """
 
     def lowered(a, b, **how):
