@@ -63,6 +63,7 @@ def mixed(loss: Loss) -> Gradient:
     differentiated forwards, the outer derivative falls back to reverse over reverse, with one warning that names it.
     """
     partial_loss = _two_argument(loss)
+    said = set()  # warnings: an inner loop traces this gradient more than once
 
     def gradient(params, batch, key):
         # As a jaxpr the loss closes over nothing that is traced: those values are arguments, and get cotangents, too.
@@ -78,12 +79,12 @@ def mixed(loss: Loss) -> Gradient:
 
         floats = [x for x, real in zip(leaves, inexact, strict=True) if real]
         others = [x for x, real in zip(leaves, inexact, strict=True) if not real]
-        return _forward_over_reverse(value)(params, floats, others)
+        return _forward_over_reverse(value, said)(params, floats, others)
 
     return gradient
 
 
-def _forward_over_reverse(value: Callable) -> Callable:
+def _forward_over_reverse(value: Callable, said: set[str]) -> Callable:
     """(params, floats, others) -> (∂₁ value(params, params, floats, others), metrics), with the derivative of `mixed`."""
     partials = jax.grad(value, (0, 1, 2), has_aux=True)
 
@@ -98,8 +99,10 @@ def _forward_over_reverse(value: Callable) -> Callable:
 
         try:
             (grads, _, _), product, metrics = jax.linearize(along, params, has_aux=True)
+            if any(e.primitive.name == "custom_lin" for e, _ in _equations(jax.make_jaxpr(product)(params).jaxpr)):
+                raise TypeError("a custom_vjp")  # JAX would say so only when it lowers the program
         except (TypeError, NotImplementedError, ValueError) as error:
-            _warn(value, (params, params, floats, others), error)
+            _warn(value, (params, params, floats, others), error, said)
             grads, pull, metrics = jax.vjp(lambda p, f: plain(p, f, others), params, floats, has_aux=True)
             return (grads, metrics), _Pull(pull, transposed=True)
         return (grads, metrics), _Pull(product, transposed=False)
@@ -123,27 +126,35 @@ class _Pull:
     transposed: bool = dataclasses.field(metadata={"static": True})
 
 
-def _warn(value: Callable, arguments: tuple, error: Exception) -> None:
+def _warn(value: Callable, arguments: tuple, error: Exception, said: set[str]) -> None:
     jaxpr = jax.make_jaxpr(jax.grad(value, has_aux=True))(*arguments).jaxpr
     names = sorted(set(_without_forward_mode(jaxpr))) or [str(error).splitlines()[0]]
-    warnings.warn(
+    message = (
         f"derivative=mixed: {', '.join(names)} cannot be differentiated forwards, so the outer derivative of this loss is "
-        "reverse over reverse: the same value, more memory. Give the operation a jvp, or derivative=reverse",
-        stacklevel=2,
+        "reverse over reverse: the same value, more memory. Give the operation a jvp, or derivative=reverse"
     )
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _without_forward_mode(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
-        jaxprs = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+    for eqn, jaxprs in _equations(jaxpr):
         if "custom_vjp" in eqn.primitive.name:
             info = getattr(jaxprs[0], "debug_info", None) if jaxprs else None
             yield getattr(info, "func_name", None) or eqn.primitive.name
         elif eqn.primitive.name == "pure_callback" or (not jaxprs and eqn.primitive not in ad.primitive_jvps):
             yield eqn.primitive.name
+
+
+def _equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
+    """Each equation with the jaxprs it holds, and so on inside of them."""
+    for eqn in jaxpr.eqns:
+        inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
+        jaxprs = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+        yield eqn, jaxprs
         for inner in jaxprs:
-            yield from _without_forward_mode(inner)
+            yield from _equations(inner)
 
 
 def in_bfloat16(derivative: Derivative) -> Derivative:
@@ -195,7 +206,8 @@ def pieces(derivative: Derivative | Truncated, steps: int) -> list[tuple[int, De
     if not isinstance(derivative, Truncated):
         return [(steps, derivative)]
     last = min(derivative.last, steps)
-    return [(n, d) for n, d in ((steps - last, first_order), (last, derivative.derivative)) if n]
+    parts = [(steps - last, first_order), (last, derivative.derivative)]
+    return [(n, d) for n, d in parts if n] or parts[:1]
 
 
 def _two_argument(loss: Loss) -> Callable:

@@ -124,7 +124,9 @@ def _update(optimizer: optax.GradientTransformation, grads: Params, state: Any, 
     moved = optimizer.update(beside, state, params)
 
     def join(value, moved):
-        return value + (moved - lax.stop_gradient(moved)) if jnp.issubdtype(moved.dtype, jnp.inexact) else value
+        # `value` may still depend on what the optimizer closes over (learned step sizes): their derivative is that of `moved`.
+        difference = moved - lax.stop_gradient(moved) if jnp.issubdtype(moved.dtype, jnp.inexact) else 0
+        return lax.stop_gradient(value) + difference
 
     return jax.tree.map(join, values, moved)
 
