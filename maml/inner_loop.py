@@ -125,8 +125,8 @@ def _update(optimizer: optax.GradientTransformation, grads: Params, state: Any, 
 
     def join(value, moved):
         # `value` may still depend on what the optimizer closes over (learned step sizes): their derivative is that of `moved`.
-        difference = moved - lax.stop_gradient(moved) if jnp.issubdtype(moved.dtype, jnp.inexact) else 0
-        return lax.stop_gradient(value) + difference
+        real = jnp.issubdtype(moved.dtype, jnp.inexact)
+        return lax.stop_gradient(value) + (moved - lax.stop_gradient(moved)) if real else value
 
     return jax.tree.map(join, values, moved)
 
