@@ -167,10 +167,30 @@ def slow_if(slow: bool, *values):
     return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
 
 
-# By default each network once with each algorithm, and each experiment once.
+WHOLE = ("omniglot_5way_1shot_mlp", "omniglot_5way_1shot_conv")
+"""The Omniglot experiments that run by default: the others are the same programs of other sizes."""
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.usefixtures("synthetic")
+def test_every_experiment_is_built(name):
+    """At its own sizes: what does not fit is refused here."""
+    cfg = config(f"experiment={name}")
+    learner = build.learner(cfg)
+    protocol, _ = build.evaluation(cfg, learner)
+    assert protocol.tasks == 600
+    assert jax.tree.leaves(learner.state.params)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [(n, []) for n in EXPERIMENTS] + [slow_if("5shot" in n, n, ["algorithm=fomaml"]) for n in EXPERIMENTS],
+    [
+        slow_if(
+            "omniglot" in n and (n not in WHOLE or algorithm != "maml"), n, [f"algorithm={algorithm}"] * bool(algorithm)
+        )
+        for n in EXPERIMENTS
+        for algorithm in (("maml", "fomaml") if "omniglot" in n else (None,))
+    ],
 )
 @pytest.mark.usefixtures("synthetic", "_quick_compiler")
 def test_every_experiment_runs(name, overrides):
@@ -194,7 +214,7 @@ def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
     assert list(logged) == [1, 2]
 
 
-@pytest.mark.parametrize("name", NAMES["model"])
+@pytest.mark.parametrize("name", [slow_if(n == "conv4_max_pool", n) for n in NAMES["model"]])
 @pytest.mark.usefixtures("synthetic", "_quick_compiler")
 def test_every_model_runs_inductively(name):
     two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")

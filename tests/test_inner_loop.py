@@ -213,7 +213,8 @@ MODELS = {
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [(model, "sgd") for model in MODELS]
-    + [(model, optimizer) for model in ("mlp", "conv_stride_mean") for optimizer in ("momentum", "adam")],
+    + [("mlp", optimizer) for optimizer in ("momentum", "adam")]
+    + [pytest.param("conv_stride_mean", optimizer, marks=pytest.mark.slow) for optimizer in ("momentum", "adam")],
 )
 def test_meta_gradient_of_networks_is_the_central_difference(model, optimizer):
     """A difference of 1e-7 crosses no kink of ReLU or max at these seeds, or the test would fail."""
