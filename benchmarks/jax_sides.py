@@ -32,11 +32,13 @@ def variants(order: str) -> dict[str, derivatives.Derivative]:
 class Library:
     """Many outer steps per dispatch, by `train.compile_loop`, on fixed tasks."""
 
-    def __init__(self, case: Case, tasks: Task, steps: int, derivative: derivatives.Derivative):
+    def __init__(
+        self, case: Case, tasks: Task, steps: int, derivative: derivatives.Derivative, remat: int | None = None
+    ):
         apply, params = case.functional()
         params = jax.tree.map(lambda x: x.astype(precision(tasks)), params)
         loss = losses.mse(apply) if case.loss == "mse" else losses.cross_entropy(apply)
-        inner = unroll(optax.sgd(case.step_size), steps, derivative)
+        inner = unroll(optax.sgd(case.step_size), steps, derivative, remat)
         adapt = only(nnx.Not(nnx.PathContains("norms")), inner) if case.norm else inner
         count = len(jax.tree.leaves(tasks)[0])
         step = train.meta_step(objectives.query_loss(loss, adapt), OPTIMIZER, meta_batch=count, task_chunk="auto")
