@@ -99,7 +99,7 @@ def _forward_over_reverse(value: Callable, said: set[str]) -> Callable:
 
         try:
             (grads, _, _), product, metrics = jax.linearize(along, params, has_aux=True)
-            if any(e.primitive.name == "custom_lin" for e, _ in _equations(jax.make_jaxpr(product)(params).jaxpr)):
+            if any(e.primitive.name == "custom_lin" for e, _ in equations(jax.make_jaxpr(product)(params).jaxpr)):
                 raise TypeError("a custom_vjp")  # JAX would say so only when it lowers the program
         except (TypeError, NotImplementedError, ValueError) as error:
             _warn(value, (params, params, floats, others), error, said)
@@ -139,7 +139,7 @@ def _warn(value: Callable, arguments: tuple, error: Exception, said: set[str]) -
 
 
 def _without_forward_mode(jaxpr: Any) -> Iterator[str]:
-    for eqn, jaxprs in _equations(jaxpr):
+    for eqn, jaxprs in equations(jaxpr):
         if "custom_vjp" in eqn.primitive.name:
             info = getattr(jaxprs[0], "debug_info", None) if jaxprs else None
             yield getattr(info, "func_name", None) or eqn.primitive.name
@@ -147,14 +147,14 @@ def _without_forward_mode(jaxpr: Any) -> Iterator[str]:
             yield eqn.primitive.name
 
 
-def _equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
+def equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
     """Each equation with the jaxprs it holds, and so on inside of them."""
     for eqn in jaxpr.eqns:
         inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
         jaxprs = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
         yield eqn, jaxprs
         for inner in jaxprs:
-            yield from _equations(inner)
+            yield from equations(inner)
 
 
 def in_bfloat16(derivative: Derivative) -> Derivative:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from maml.derivatives import Derivative, Truncated, in_bfloat16, pieces, reverse
+from maml.derivatives import Derivative, Truncated, equations, in_bfloat16, pieces, reverse
 from maml.types import Adapt, Adapted, Loss, Params, Trace
 
 _GRADIENT = "inner_gradient"
@@ -18,6 +18,15 @@ _GRADIENT = "inner_gradient"
 
 _TINY = 1e-15
 """Small against any gradient that matters; its square is still a normal float32 number."""
+
+
+_SMOOTH = frozenset(
+    ("add", "sub", "mul", "neg", "convert_element_type", "broadcast_in_dim", "stop_gradient", "jit", "pjit")
+)
+"""Operations whose derivatives are finite everywhere."""
+
+_SMALL = 10_000
+"""Parameters below which the overhead of a loop weighs more than its steps."""
 
 
 def unroll(
@@ -76,7 +85,8 @@ def unroll(
 def _repeat(step, carry, keys, remat: int | None):
     """`lax.scan` of a step over keys, in rematerialised blocks.
 
-    The first step stands outside of the scan: there all tasks share the parameters, and a map over tasks keeps them shared.
+    The first step stands outside of the scan: there all tasks share the parameters, and a map over tasks keeps them shared. A few
+    steps of a small network are written out, which takes half the time.
     """
     steps = len(keys)
     if steps == 0:
@@ -87,7 +97,8 @@ def _repeat(step, carry, keys, remat: int | None):
 
     if remat is None:
         carry, first = _single(step, carry, keys)
-        carry, rest = lax.scan(step, carry, keys[1:])
+        size = sum(x.size for x in jax.tree.leaves(carry[0]))
+        carry, rest = lax.scan(step, carry, keys[1:], unroll=size <= _SMALL and steps <= 10)
         return carry, _joined([first, rest])
     size = min(remat, steps)
     count = (steps - 1) // size  # whole blocks after the first, which takes what is left over
@@ -117,8 +128,12 @@ def _update(optimizer: optax.GradientTransformation, grads: Params, state: Any, 
 
     Adam and its kin take the root of a running mean of squares, and norms the root of a sum: at zero the derivative of the
     root is infinite, and the chain rule gives inf · 0 = NaN in the meta-gradient (optax #882), although the map from gradient to
-    update has a derivative there. The values are optax's own to the bit.
+    update has a derivative there. The values are optax's own to the bit. An optimizer that only adds and multiplies, as SGD and
+    momentum do, needs no second update.
     """
+    made = jax.make_jaxpr(optimizer.update)(grads, state, params)
+    if all(eqn.primitive.name in _SMOOTH for eqn, _ in equations(made.jaxpr)):
+        return optimizer.update(grads, state, params)
     values = optimizer.update(*jax.tree.map(lax.stop_gradient, (grads, state, params)))
     beside = jax.tree.map(lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads)
     moved = optimizer.update(beside, state, params)
