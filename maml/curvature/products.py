@@ -1,0 +1,82 @@
+"""Products of Hessian, Gauss-Newton and Fisher matrices with vectors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from maml.curvature.matrices import Function
+from maml.types import Batch, Key, Loss, Params
+
+Matvec = Callable[[Params], Params]
+
+
+def of_loss(loss: Loss, batch: Batch, key: Key) -> Function:
+    """The loss on one batch as a function of the parameters alone.
+
+    Raises:
+      ValueError: for a semi-gradient, which is no gradient: its Jacobian is not symmetric, and has no Hessian.
+    """
+    if hasattr(loss, "two_argument"):
+        raise ValueError(
+            "curvature of a semi-gradient: its Jacobian is not symmetric, so Lanczos and 2/λmax do not apply; take jax.jacfwd of "
+            "derivatives.reverse(loss), and the spectral radius of I - αJ"
+        )
+    return lambda params: loss(params, batch, key)[0]
+
+
+def over_batches(loss: Loss, batches: Batch, key: Key, weights: Float[Array, " batches"] | None = None) -> Function:
+    """The mean loss over batches [batches, ...] as a function of the parameters, one batch at a time in memory.
+
+    weights: the examples in each batch where they differ; the mean is over examples then, and not over batches.
+    """
+    count = len(jax.tree.leaves(batches)[0])
+    shares = jnp.full(count, 1 / count) if weights is None else weights / jnp.sum(weights)
+
+    def mean(params):
+        @jax.checkpoint
+        def add(total, one):
+            batch, share = one
+            return total + share * of_loss(loss, batch, key)(params), None
+
+        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(params)))
+        return lax.scan(add, zero, (batches, shares.astype(zero.dtype)))[0]
+
+    of_loss(loss, batches, key)
+    return mean
+
+
+def hvp(f: Function, params: Params, mode: str = "fwd_over_rev") -> Matvec:
+    """v -> H v, the Hessian of f at `params` times a vector like them.
+
+    mode: "fwd_over_rev" (one linearization that all products share, the default), "rev_over_rev" (for an f with no forward mode,
+      such as one that holds `derivatives.mixed`), "rev_over_fwd".
+    """
+    if mode == "fwd_over_rev":
+        return jax.linearize(jax.grad(f), params)[1]
+    if mode == "rev_over_rev":
+        pull = jax.vjp(jax.grad(f), params)[1]
+        return lambda v: pull(v)[0]
+    if mode == "rev_over_fwd":
+        return lambda v: jax.grad(lambda p: jax.jvp(f, (p,), (v,))[1])(params)
+    raise ValueError(f"mode={mode!r}: give fwd_over_rev, rev_over_rev or rev_over_fwd")
+
+
+def ggnvp(outputs: Callable[[Params], Any], loss: Callable[[Any], Float[Array, ""]], params: Params) -> Matvec:
+    """v -> Jᵀ H J v, the generalised Gauss-Newton matrix of loss(outputs(params)): Schraudolph 2002.
+
+    J is the Jacobian of the outputs, H the Hessian of the loss in the outputs: positive semi-definite for a convex loss.
+    """
+    at, push = jax.linearize(outputs, params)
+    pull, product = jax.linear_transpose(push, params), hvp(loss, at)
+    return lambda v: pull(product(push(v)))[0]
+
+
+def efvp(losses: Callable[[Params], Float[Array, " examples"]], params: Params) -> Matvec:
+    """v -> mean over examples of g (g · v), the empirical Fisher matrix of per-example gradients g; never all there."""
+    at, push = jax.linearize(losses, params)
+    pull = jax.linear_transpose(push, params)
+    return lambda v: jax.tree.map(lambda x: x / len(at), pull(push(v))[0])
