@@ -203,9 +203,9 @@ def _log_outliers(loggers: Sequence[Any], seen: Seen, count: int, step: int) -> 
     tell(loggers, "record", step, tables)
     for name, rows in tables.items():
         tell(loggers, "text", name, markdown(rows), step)
-        figure = _pictures(seen.tasks, name.rpartition("/")[-1], rows)
-        if figure is not None:
-            tell(loggers, "image", name, figure, step)
+        if any(hasattr(logger, "image") for logger in loggers):
+            for figure in _pictures(seen.tasks, name.rpartition("/")[-1], rows):
+                tell(loggers, "image", name, figure, step)
 
 
 def _worst_queries(seen: Seen, count: int) -> list[dict[str, Any]]:
@@ -231,11 +231,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _pictures(tasks: Task, side: str, rows: Sequence[Mapping[str, Any]]) -> plots.Figure | None:
+def _pictures(tasks: Task, side: str, rows: Sequence[Mapping[str, Any]]) -> list[plots.Figure]:
     """The examples of a table, where they are images."""
     inputs = getattr(tasks, side)[0]
     if inputs.ndim != 5:  # [tasks, examples, height, width, channels]
-        return None
+        return []
     images = np.stack([inputs[row["task"], row["index"]] for row in rows])
     measure = "norm" if side == "query" else "influence"
-    return plots.examples(images, [f"task {r['task']} #{r['index']}\n{measure} {r[measure]:.2g}" for r in rows])
+    return [plots.examples(images, [f"task {r['task']} #{r['index']}\n{measure} {r[measure]:.2g}" for r in rows])]

@@ -143,8 +143,8 @@ def frozen(f: Program, params: Params, *, scope: str | None = None) -> Program:
     """f with everything that passes through `stop_gradient` recorded at `params`, and kept as a constant elsewhere.
 
     A straight-through estimator is sg(Q(x)) + (y(x) - sg(y(x))): with the stopped values constant it is y(x) + c, a program with
-    derivatives, which are by definition those that autodiff gives f. So `meta_gradcheck(f, params, key, program=frozen(f, params))`
-    tests all that stands around the estimators, and a quantiser of another form (a custom derivative) fails it.
+    derivatives, and these are what autodiff should give f: `meta_gradcheck(f, params, key, program=frozen(f, params))`. A
+    quantiser of another form (a custom derivative) fails it.
 
     Args:
       scope: only those under a `jax.named_scope` of this name, such as a quantiser's own; None: all. Freezing all makes
