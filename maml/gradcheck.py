@@ -99,15 +99,14 @@ def asymmetry(field: Callable[[Params], Params], params: Params, key: Key, *, pr
 
     About 0 for the gradient of a loss, up to 2. J v takes forward mode: give a field made with `derivatives.reverse`.
     """
-    _, pull = jax.vjp(field, params)
 
-    def products(key):
+    def products(params, key):
         probe = _direction(key, params)
-        forward, (backward,) = jax.jvp(field, (params,), (probe,))[1], pull(probe)
+        forward, (backward,) = jax.jvp(field, (params,), (probe,))[1], jax.vjp(field, params)[1](probe)
         defect = jax.tree.map(jnp.subtract, forward, backward)
         return _dot(defect, defect), _dot(forward, forward)
 
-    defects, sizes = jax.vmap(products)(jax.random.split(key, probes))
+    defects, sizes = jax.jit(jax.vmap(products, (None, 0)))(params, jax.random.split(key, probes))
     size = float(sizes.sum())
     return math.sqrt(float(defects.sum()) / size) if size else 0.0
 

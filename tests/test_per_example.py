@@ -31,7 +31,7 @@ from maml.per_example import (
     weighted,
 )
 from maml.types import Task
-from tests.helpers import closed_form, quadratic_loss, quadratics
+from tests.helpers import Quadratic, closed_form, gradient_descent, quadratic_loss, quadratics
 
 KEY = jax.random.key(0)
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
@@ -100,14 +100,11 @@ def test_with_batch_norm_the_rows_average_to_the_gradient_of_the_batch():
     (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, KEY)
     np.testing.assert_allclose(losses.mean(), value, rtol=1e-12)
     np.testing.assert_allclose(rows_of(gradients).mean(0), vector(gradient), atol=1e-12)
-    in_parts = jax.jit(partial(per_example_gradients, loss, microbatch=2))(params, batch, KEY)
-    np.testing.assert_allclose(rows_of(in_parts[1]), rows_of(gradients), atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_examples_alone_are_wrong_with_batch_norm_and_are_refused():
-    loss, params = conv4()
-    batch = images(0, 6)
+    loss, params, (batch, _) = line(offset)
     for call in (partial(per_example_gradients, way="vmap"), moments):
         with pytest.raises(ValueError, match=r"batch statistics.*way='jacobian'"):
             call(loss, params, batch, KEY)
@@ -126,16 +123,17 @@ def test_a_model_says_whether_it_has_batch_statistics():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("microbatch", [None, 1, 2, 3, 6])
+@pytest.mark.parametrize("microbatch", [None, 2])
 def test_all_ways_give_the_gradient_of_each_example(microbatch):
     loss, params, task = line()
     gradient = jax.jit(jax.value_and_grad(lambda p, x, y: loss(p, (x[None], y[None]), KEY)[0]))
     by_hand = [gradient(params, *pair) for pair in zip(*task.support, strict=True)]
     for way in ("auto", "vmap", "jacobian"):
-        losses, gradients = per_example_gradients(loss, params, task.support, KEY, way=way, microbatch=microbatch)
+        of = jax.jit(partial(per_example_gradients, loss, way=way, microbatch=microbatch))
+        losses, gradients = of(params, task.support, KEY)
         np.testing.assert_allclose(losses, [v for v, _ in by_hand], rtol=1e-12)
         np.testing.assert_allclose(rows_of(gradients), [vector(g) for _, g in by_hand], atol=1e-12)
-    found = moments(loss, params, task.support, KEY, microbatch=microbatch)
+    found = jax.jit(partial(moments, loss, microbatch=microbatch))(params, task.support, KEY)
     rows = np.stack([vector(g) for _, g in by_hand])
     np.testing.assert_allclose(vector(found.mean), rows.mean(0), atol=1e-12)
     np.testing.assert_allclose(vector(found.second), (rows**2).mean(0), atol=1e-12)
@@ -252,8 +250,8 @@ def test_gradients_that_are_zero_give_no_nan():
 
 
 def test_layers_are_named_as_in_the_model():
-    loss, params, task = line(offset)
     with jax.enable_x64(True):
+        loss, params, task = line(offset)
         _, gradients = per_example_gradients(loss, params, task.support, KEY)
         assert set(statistics(gradients).gsnr) == {"layers/0", "layers/1", "norms/0"}
         assert set(statistics(jnp.ones((2, 3))).gsnr) == {"params"}
@@ -270,8 +268,7 @@ def test_outliers_and_histograms():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("chunk", [None, 1, 2])
-@pytest.mark.parametrize("derivative", [reverse, first_order])
+@pytest.mark.parametrize(("chunk", "derivative"), [(None, reverse), (2, reverse), (1, first_order)])
 def test_per_task_gradients_are_the_closed_form_of_each_task(chunk, derivative):
     tasks, params = quadratics(0), np.array([0.3, -0.2, 0.1, 0.5])
     objective = query_loss(quadratic_loss, unroll(optax.sgd(0.1), 3, derivative))
@@ -280,8 +277,9 @@ def test_per_task_gradients_are_the_closed_form_of_each_task(chunk, derivative):
         task = jax.tree.map(lambda x, i=i: x[i : i + 1], tasks)
         expected = closed_form(task, params, 0.1, 3, first_order=derivative is first_order)
         np.testing.assert_allclose(gradients[i], expected, rtol=1e-10)
-        one = jax.tree.map(lambda x: x[0], task)
-        np.testing.assert_allclose(values[i], objective(jnp.asarray(params), one, KEY, 0)[0], rtol=1e-12)
+        adapted, _ = gradient_descent(Quadratic(*(np.asarray(x[i]) for x in tasks.support)), params, 0.1, 3)
+        away = adapted - np.asarray(tasks.query[1][i])
+        np.testing.assert_allclose(values[i], 0.5 * away @ np.asarray(tasks.query[0][i]) @ away, rtol=1e-10)
 
 
 @pytest.mark.usefixtures("x64")
@@ -298,9 +296,9 @@ def test_the_meta_gradients_of_queries_average_to_that_of_the_task(derivative, n
     assert losses.shape == (7,)
     np.testing.assert_allclose(losses.mean(), value, rtol=1e-10)
     np.testing.assert_allclose(rows_of(gradients).mean(0), vector(expected), atol=1e-10)
-    single = jax.grad(lambda p: loss.per_example(adapt(loss, p, task.support, KEY).params, task.query, KEY)[3])
-    if norm == "batch":
-        np.testing.assert_allclose(rows_of(gradients)[3], vector(single(params)), atol=1e-10)
+    if derivative is reverse and norm == "batch":
+        one = lambda p: loss.per_example(adapt(loss, p, task.support, KEY).params, task.query, KEY)[3]  # noqa: E731
+        np.testing.assert_allclose(rows_of(gradients)[3], vector(jax.jit(jax.grad(one))(params)), atol=1e-10)
 
 
 @pytest.mark.usefixtures("x64")
@@ -324,8 +322,9 @@ def test_influence_is_the_derivative_of_the_reweighted_program(norm):
     found = jax.jit(partial(influence, objective))(params, task, KEY)
     np.testing.assert_allclose(found, expected, atol=1e-8)
     assert np.abs(found).min() > 1e-6
-    blind = query_loss(weighted(loss), unroll(optax.sgd(0.2), 2, first_order))
-    assert not np.asarray(influence(blind, params, task, KEY)).any()
+    if norm is None:
+        blind = query_loss(weighted(loss), unroll(optax.sgd(0.2), 2, first_order))
+        assert not np.asarray(jax.jit(partial(influence, blind))(params, task, KEY)).any()
 
 
 def test_only_means_over_examples_can_be_weighted():
