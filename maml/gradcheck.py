@@ -78,16 +78,20 @@ def meta_gradcheck(
         raise ValueError(f"params: {', '.join(sorted(kinds))}; cast them to float64 under jax.enable_x64(True)")
     if directions < 1 or not epsilon > 0:
         raise ValueError(f"directions={directions}, epsilon={epsilon}: give 1 or more, and a positive number")
-    value, gradient = jax.jit(program or f), jax.jit(jax.grad(f))(params)
 
-    def difference(direction, epsilon):
-        ahead, behind = (_moved(params, direction, sign * epsilon) for sign in (1.0, -1.0))
-        return float(value(ahead) - value(behind)) / (2 * epsilon)
+    @jax.jit
+    def slope(params, key):
+        return _dot(jax.grad(f)(params), _direction(key, params))
+
+    @jax.jit
+    def value(params, key, by):
+        return (program or f)(jax.tree.map(lambda p, d: p + by * d, params, _direction(key, params)))
+
+    def difference(key, epsilon):
+        return float(value(params, key, epsilon) - value(params, key, -epsilon)) / (2 * epsilon)
 
     def check(key):
-        direction = _direction(key, params)
-        exact = float(_dot(gradient, direction))
-        wide, narrow = difference(direction, epsilon), difference(direction, epsilon / 2)
+        exact, wide, narrow = float(slope(params, key)), difference(key, epsilon), difference(key, epsilon / 2)
         return Direction(exact, wide, _relative(exact, wide), _relative(wide, narrow))
 
     checked = tuple(check(k) for k in jax.random.split(key, directions))
@@ -124,10 +128,6 @@ def _dot(a: Params, b: Params) -> jax.Array:
     return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b))
 
 
-def _moved(params: Params, direction: Params, by: float) -> Params:
-    return jax.tree.map(lambda p, d: p + by * d, params, direction)
-
-
 def _relative(a: float, b: float) -> float:
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.inf
@@ -153,6 +153,8 @@ def frozen(f: Program, params: Params, *, scope: str | None = None) -> Program:
       ValueError: where one stands in a while loop or in a branch of a condition.
     """
     closed = jax.make_jaxpr(f)(params)
+    if not any(_stops(eqn, scope) for eqn in _within(closed)):
+        return f
 
     @jax.jit
     def record(params):
