@@ -135,11 +135,12 @@ class TensorBoard:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, step: int, metrics: Metrics) -> None:
-        """Writes one scalar per metric."""
+        """Writes one scalar per metric; NaN and infinities are left out (tensorboardX would print a line for each)."""
         from tensorboardX import summary
 
         for name, value in metrics.items():
-            self._write(step, summary=summary.scalar(name, value))
+            if math.isfinite(value):
+                self._write(step, summary=summary.scalar(name, value))
         self._flush()
 
     def image(self, tag: str, picture: Any, step: int) -> None:
