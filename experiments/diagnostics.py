@@ -184,7 +184,7 @@ def _log_histograms(loggers: Sequence[Any], seen: Seen, step: int) -> None:
     tell(loggers, "record", step, record)
 
 
-def _log10(norms: np.ndarray) -> np.ndarray:
+def _log10(norms: Any) -> np.ndarray:
     return np.log10(np.maximum(norms, 1e-30))
 
 
@@ -211,7 +211,7 @@ def _log_outliers(loggers: Sequence[Any], seen: Seen, count: int, step: int) -> 
 def _worst_queries(seen: Seen, count: int) -> list[dict[str, Any]]:
     found = seen.queries
     assert found is not None
-    rows = outliers(*(np.ravel(x) for x in (found.norms, found.cosines, found.losses)), count)
+    rows = outliers(np.ravel(found.norms), np.ravel(found.cosines), np.ravel(found.losses), count)
     each = found.norms.shape[1]
     return [{"task": row.index // each, **row._asdict(), "index": row.index % each} for row in rows]
 
