@@ -15,7 +15,7 @@ from maml import train
 from maml.evaluate import Evaluator, Protocol, check_sizes, evaluator
 from maml.models import functional
 from maml.random import key_for
-from maml.types import Adapt, Apply, Loss, Params, Sampler
+from maml.types import Adapt, Apply, Loss, Objective, Params, Sampler
 
 
 @dataclass
@@ -45,6 +45,28 @@ class Evaluation:
 
 
 @dataclass
+class PerExample:
+    """Per-example and per-task meta-gradients, logged during training (`experiments.diagnostics`)."""
+
+    every: int = MISSING
+    tasks: int = MISSING
+    outliers: int = MISSING
+
+
+@dataclass
+class Diagnostics:
+    per_example: PerExample = field(default_factory=PerExample)
+
+
+@dataclass
+class Gradcheck:
+    tasks: int = MISSING
+    directions: int = MISSING
+    epsilon: float = MISSING
+    tolerance: float = MISSING
+
+
+@dataclass
 class Config:
     """Names and types of the top level; the open groups hold callables and their arguments."""
 
@@ -55,6 +77,8 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
     logger: Any = MISSING
     evaluation: Evaluation = field(default_factory=Evaluation)
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    gradcheck: Gradcheck = field(default_factory=Gradcheck)
     seed: int = 0
     resume: str | None = None
     plan: bool = False
@@ -87,13 +111,17 @@ def learner(cfg: DictConfig) -> Learner:
     sampler = build_sampler(cfg, "meta_train")
     apply, params = build_model(cfg, sampler, root)
     loss = instantiate(cfg.task.loss)(apply)
-    objective = instantiate(cfg.algorithm.objective, _convert_="all")(
-        loss, instantiate(cfg.algorithm.adapt, _convert_="all")
-    )
+    objective = build_objective(cfg, loss)
     optimizer = instantiate(cfg.optimizer)
     size, chunk = cfg.trainer.meta_batch, cfg.trainer.task_chunk
     step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
     return Learner(apply, loss, sampler, step, train.init(params, optimizer, root))
+
+
+def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
+    """The algorithm's objective of a loss: that of the task, or one made from it."""
+    adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
+    return instantiate(cfg.algorithm.objective, _convert_="all")(loss, adapt)
 
 
 def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
@@ -168,10 +196,15 @@ _WHOLE = {
     **{f"trainer.{name}": 0 for name in ("steps", "validate_every")},
     **{f"trainer.{name}": 1 for name in ("meta_batch", "log_every", "checkpoint_every", "keep_checkpoints")},
     **{"trainer.validation_tasks": 1, "algorithm.steps": 0},
+    **{"diagnostics.per_example.every": 0, "diagnostics.per_example.tasks": 2, "diagnostics.per_example.outliers": 0},
+    **{"gradcheck.tasks": 1, "gradcheck.directions": 1},
 }
 """The least value of every whole number."""
 
-_POSITIVE = ("algorithm.step_size", "evaluation.step_size", "optimizer.learning_rate")
+_POSITIVE = (
+    *("algorithm.step_size", "evaluation.step_size", "optimizer.learning_rate"),
+    *("gradcheck.epsilon", "gradcheck.tolerance"),
+)
 
 _SPLITS = ("meta_train", "meta_valid", "meta_test")
 

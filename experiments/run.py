@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments import build, pictures, plan, results
+from experiments import build, diagnostics, pictures, plan, results
 from experiments.program import INTERRUPTED, Interrupt, run_program
 from maml import plots, train
 from maml.checkpoint import Checkpoints
@@ -51,7 +51,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
         figures = pictures.draw(cfg, learner, params, protocol, metrics) | pictures.training_curves(directory)
         for name, figure in figures.items():
             plots.save(figure, directory / "plots" / f"{name}.png")
-            _tell(loggers, "image", name, figure, step)
+            diagnostics.tell(loggers, "image", name, figure, step)
     return summary
 
 
@@ -75,7 +75,7 @@ def _train(
         metrics = measure(progress.state.params)
         write("meta_valid", int(progress.state.step), {k: v.mean for k, v in metrics.items()})
 
-    every = [(cfg.trainer.checkpoint_every, save)]
+    every = [*diagnostics.callbacks(cfg, learner, loggers), (cfg.trainer.checkpoint_every, save)]  # saved last
     if cfg.trainer.validate_every:
         _, measure = build.evaluation(cfg, learner, split="meta_valid", tasks=cfg.trainer.validation_tasks)
         every.insert(0, (cfg.trainer.validate_every, validate))
@@ -89,7 +89,7 @@ def _train(
                 log_every=cfg.trainer.log_every,
                 log=lambda step, metrics: write("meta_train", step, metrics),
                 every=every,
-                tick=lambda step: _tell(loggers, "progress", step),
+                tick=lambda step: diagnostics.tell(loggers, "progress", step),
                 stop=interrupted,
             )
         except train.NonFinite as error:
@@ -104,13 +104,6 @@ def _opened(cfg: DictConfig, directory: Path, first: int) -> Iterator[list[Any]]
     with ExitStack() as stack:
         makers = instantiate(cfg.logger).values()
         yield [stack.enter_context(closing(make(directory, cfg.trainer.steps, first))) for make in makers]
-
-
-def _tell(loggers: Sequence[Any], what: str, *arguments: Any) -> None:
-    """Call the method of those loggers that have it."""
-    for logger in loggers:
-        if hasattr(logger, what):
-            getattr(logger, what)(*arguments)
 
 
 def job(cfg: DictConfig) -> None:

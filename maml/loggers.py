@@ -34,7 +34,8 @@ class Console:
         self._since = resume_step, time.perf_counter()
 
     def __call__(self, step: int, metrics: Metrics) -> None:
-        """Prints the metrics, of those per inner step (`step_3/loss`) only the last step's."""
+        """Prints the metrics, of those per inner step (`step_3/loss`) only the last step's, and none per layer."""
+        metrics = {name: value for name, value in metrics.items() if "/layer/" not in name}
         parts = [f"step {step}"]
         parts += [f"{name} {value:.4g}" for name, value in _last_inner_steps(metrics).items()]
         last_step, last_time = self._since
@@ -82,15 +83,26 @@ class JsonLines:
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         """Appends a line and flushes it, so that killing the run cannot lose it."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.record(step, metrics)
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends a line that may hold lists and mappings of numbers too: histograms, tables."""
         with _naming(self.path):
-            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step, **_finite(dict(values))}, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         with _naming(self.path):
             self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -102,7 +114,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """TensorBoard event files: scalars, pictures and histograms.
+    """TensorBoard event files: scalars, pictures, histograms and texts.
 
     The events are written here and now: tensorboardX's SummaryWriter leaves them to a thread, where
     a full disk hangs the run without a word and a kill loses up to two minutes.
@@ -123,11 +135,12 @@ class TensorBoard:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, step: int, metrics: Metrics) -> None:
-        """Writes one scalar per metric."""
+        """Writes one scalar per metric; NaN and infinities are left out (tensorboardX would print a line for each)."""
         from tensorboardX import summary
 
         for name, value in metrics.items():
-            self._write(step, summary=summary.scalar(name, value))
+            if math.isfinite(value):
+                self._write(step, summary=summary.scalar(name, value))
         self._flush()
 
     def image(self, tag: str, picture: Any, step: int) -> None:
@@ -153,6 +166,13 @@ class TensorBoard:
         if values.size:
             self._write(step, summary=summary.histogram(tag, values, bins=64))
             self._flush()
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Writes a text, such as a table, in Markdown."""
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.text(tag, markdown))
+        self._flush()
 
     def close(self) -> None:
         """Closes the event file, if any event was written."""

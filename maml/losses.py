@@ -1,4 +1,8 @@
-"""Losses: each a factory from a forward function `apply(params, inputs)` to `loss(params, batch, key)`."""
+"""Losses: each a factory from a forward function `apply(params, inputs)` to `loss(params, batch, key)`.
+
+A loss that is a mean over examples carries `loss.per_example(params, batch, key) -> [examples]`, whose mean it is, and
+`loss.batch_statistics`: whether the prediction of one example depends on the others (`maml.per_example` asks).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,16 +39,24 @@ def mse(apply: Apply) -> Loss:
       ValueError: when outputs and targets differ in shape (a silent broadcast would average the wrong differences).
     """
 
-    def loss(params, batch, key):
-        del key
+    def squares(params, batch):
         inputs, targets = batch
         outputs = _forward(apply, params, inputs)
         if outputs.shape != targets.shape:
             raise ValueError(f"mse: outputs {outputs.shape} and targets {targets.shape} differ in shape")
-        value = jnp.mean(jnp.square(outputs - targets))
+        return jnp.square(outputs - targets)
+
+    def loss(params, batch, key):
+        del key
+        value = jnp.mean(squares(params, batch))
         return value, {"loss": value}
 
-    return loss
+    def per_example(params, batch, key):
+        del key
+        values = squares(params, batch)
+        return values.reshape(len(values), -1).mean(1)
+
+    return _with_examples(loss, per_example, apply)
 
 
 def cross_entropy(apply: Apply) -> Loss:
@@ -54,16 +66,31 @@ def cross_entropy(apply: Apply) -> Loss:
     (cbfinn/maml utils.py).
     """
 
-    def loss(params, batch, key):
-        del key
+    def logits_of(params, batch):
         inputs, labels = batch
         logits = _forward(apply, params, inputs)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
+        return logits
+
+    def loss(params, batch, key):
+        del key
+        logits, labels = logits_of(params, batch), batch[1]
         value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         return value, {"loss": value, "accuracy": jax.lax.stop_gradient(accuracy)}
 
+    def per_example(params, batch, key):
+        del key
+        return optax.softmax_cross_entropy_with_integer_labels(logits_of(params, batch), batch[1])
+
+    return _with_examples(loss, per_example, apply)
+
+
+def _with_examples(loss: Any, per_example: Callable[[Params, Batch, Key], jax.Array], apply: Apply) -> Loss:
+    """The loss with what `maml.per_example` asks of it."""
+    loss.per_example = per_example
+    loss.batch_statistics = getattr(apply, "batch_statistics", False)
     return loss
 
 

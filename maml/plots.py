@@ -83,6 +83,19 @@ def episode(
     return figure
 
 
+def examples(images: Images, captions: Sequence[str], columns: int = 5) -> Figure:
+    """Single images [examples, height, width, channels] with a caption above each."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, panels = _panels(rows, columns, width=max(1.3 * columns, 2.6), height=1.6 * rows)
+    span = _span(images, images)
+    for i, panel in enumerate(panels):
+        panel.set_axis_off()
+        if i < len(images):
+            _draw_mosaic(panel, images[i : i + 1], 1, span, captions[i])
+    return figure
+
+
 def step_curve(curves: Mapping[str, tuple[Steps, Steps]], ylabel: str, xlabel: str = "inner steps") -> Figure:
     """A metric after 0, 1, ... inner steps: (means, half-widths of intervals) by label.
 

@@ -14,7 +14,7 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     Batch norm is transductive where `params` are plain: the statistics are those of the inputs at hand, and no running
     average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
     every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit.
-    The module itself is left as it was.
+    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm.
 
     Raises:
       ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
@@ -45,6 +45,7 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
         return lax.map(lambda x: nnx.merge(settled, state)(x[None])[0], inputs)
 
     apply.takes_conditioned = True
+    apply.batch_statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_graph(model))
     return apply, params
 
 

@@ -1,0 +1,182 @@
+"""What is logged during training is what the parameters of the moment give, and it changes no bit of a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import build, diagnostics, pictures, run
+from maml import train
+from maml.random import keys_for
+from maml.tasks import images
+from maml.tasks.episodes import ClassImages
+from maml.tasks.splits import read_split
+from maml.types import as_argument
+from tests.programs import SMALL, compiling_once, config, main, metrics_bytes, restored, rows, summary
+
+ON = ("diagnostics.per_example.every=2", "diagnostics.per_example.tasks=3", "diagnostics.per_example.outliers=4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiling_once(tmp_path_factory):
+    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *_: {})
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: {})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run with the diagnostics on, and how it ended."""
+    directory = tmp_path_factory.mktemp("done") / "run"
+    return directory, main(*SMALL, *ON, f"hydra.run.dir={directory}")
+
+
+def quick(directory, *overrides: str) -> dict:
+    directory.mkdir(parents=True, exist_ok=True)
+    return run.run(config(*SMALL, "logger=quiet", *overrides), directory)
+
+
+def logged(directory, name: str) -> dict:
+    """Step -> value."""
+    return {row["step"]: row[name] for row in rows(directory) if name in row}
+
+
+def test_the_numbers_are_those_of_the_saved_parameters(done):
+    directory, ended = done
+    assert ended.code == 0, ended.err
+    cfg = config(*SMALL, *ON)
+    learner, state = build.learner(cfg), restored(cfg, directory).state
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/tasks", 4, 3))
+    objective, found = build.build_objective(cfg, learner.loss), []
+    for i in range(3):
+        task = jax.tree.map(lambda x, i=i: x[i], tasks)
+        gradient = jax.grad(lambda p, task=task: objective(p, task, jax.random.key(0), 0)[0])(state.params)
+        found.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)]).astype(np.float64))
+    found = np.stack(found)
+    trace = found.var(0, ddof=1).sum()
+    signal = (found.mean(0) ** 2).sum() - trace / 3
+    at = lambda name: logged(directory, f"diagnostics/task/{name}")[4]  # noqa: E731
+    assert at("norm_max") == pytest.approx(np.linalg.norm(found, axis=1).max(), rel=1e-4)
+    assert at("noise_trace") == pytest.approx(trace, rel=1e-4)
+    assert at("noise_signal") == pytest.approx(signal, rel=1e-3, abs=1e-4 * trace)
+    assert at("noise_resolved") == (signal > 0)
+    assert at("noise_scale") == (pytest.approx(trace / signal, rel=1e-2) if signal > 0 else None)
+
+
+def test_json_lines_hold_scalars_histograms_and_tables(done):
+    directory, _ = done
+    for name in ("task/coherence", "task/layer/layers/0/gsnr", "query/norm_max", "support/influence_max"):
+        assert list(logged(directory, f"diagnostics/{name}")) == [2, 4]
+    for name, count in (("task/cosine", 3), ("task/log10_norm", 3), ("query/cosine", 15), ("support/influence", 15)):
+        for histogram in logged(directory, f"diagnostics/histogram/{name}").values():
+            assert sum(histogram["counts"]) == count
+            assert len(histogram["bins"]) == len(histogram["counts"]) + 1
+    table = logged(directory, "diagnostics/outliers/query")[4]
+    assert [set(row) for row in table] == [{"task", "index", "norm", "cosine", "loss"}] * 4
+    norms = [row["norm"] for row in table]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[0] == logged(directory, "diagnostics/query/norm_max")[4]
+    worst = logged(directory, "diagnostics/outliers/support")[4][0]
+    assert worst["influence"] == logged(directory, "diagnostics/support/influence_max")[4]
+
+
+def test_tensorboard_holds_them_too(done):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory, _ = done
+    events = EventAccumulator(str(directory / "tensorboard"), {"histograms": 0, "tensors": 0})  # all of them
+    events.Reload()
+    assert [e.step for e in events.Scalars("diagnostics/task/layer/layers/0/norm")] == [2, 4]
+    assert [e.step for e in events.Histograms("diagnostics/histogram/query/cosine")] == [2, 4]
+    text = events.Tensors("diagnostics/outliers/query/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text.startswith("| task | index | norm | cosine | loss |\n| --- ")
+    assert len(text.splitlines()) == 6
+
+
+def test_the_console_shows_no_layers(done):
+    _, ended = done
+    assert "diagnostics/task/coherence" in ended.err
+    assert "/layer/" not in ended.err
+
+
+def test_the_program_of_training_is_the_same_with_and_without(done, tmp_path):
+    def text(cfg):
+        learner = build.learner(cfg)
+        progress = train.begin(learner.state, learner.step, learner.sampler)
+        loop = train.compile_loop(learner.step)
+        return loop.lower(progress, as_argument(learner.sampler), jnp.int32(1)).as_text()
+
+    assert text(config(*SMALL)) == text(config(*SMALL, *ON))
+    directory, _ = done
+    assert quick(tmp_path)["params_sha256"] == summary(directory)["params_sha256"]
+    off = config(*SMALL)
+    assert diagnostics.callbacks(off, build.learner(off), []) == []
+
+
+def test_a_resumed_run_logs_the_same(tmp_path):
+    each = "diagnostics.per_example.every=1"
+    quick(tmp_path / "whole", each)
+    quick(tmp_path / "halves", each, "trainer.steps=2")
+    quick(tmp_path / "halves", each)
+    assert metrics_bytes(tmp_path / "halves") == metrics_bytes(tmp_path / "whole")
+
+
+class Kept:
+    """A logger that keeps everything."""
+
+    def __init__(self):
+        self.metrics, self.images = {}, {}
+
+    def __call__(self, step, metrics):
+        del step
+        self.metrics |= metrics
+
+    def image(self, tag, picture, step):
+        self.images[tag] = (picture, step)
+
+
+def look(*overrides: str) -> Kept:
+    """The diagnostics before the first step."""
+    cfg, kept = config(*overrides, *ON), Kept()
+    learner = build.learner(cfg)
+    ((every, callback),) = diagnostics.callbacks(cfg, learner, [kept])
+    assert every == 2
+    callback(train.begin(learner.state, learner.step, learner.sampler))
+    return kept
+
+
+def test_influence_is_there_under_first_order_too():
+    exact, first = look(*SMALL), look(*SMALL, "algorithm=fomaml")
+    name = "diagnostics/support/influence_max"
+    assert exact.metrics[name] == pytest.approx(first.metrics[name], rel=1e-3)
+    assert exact.metrics[name] != 0
+    assert exact.images == {}
+
+
+def test_of_images_the_worst_are_shown(monkeypatch):
+    names = sum(read_split("finn"), ())
+    counts = np.full(len(names), 20, np.int32)
+    drawn = np.random.default_rng(0).integers(0, 255, (20, 28, 28, 1), np.uint8)
+    data = ClassImages(np.tile(drawn, (len(names), 1, 1, 1)), np.cumsum(counts, dtype=np.int32) - counts, counts)
+    monkeypatch.setattr(images, "tfds_images", lambda *_, **__: (data, names))
+    kept = look("task=omniglot", "model=mlp_batch_norm", "model.hidden=[8]", "evaluation=finn2017", "paper=null")
+    assert set(kept.images) == {"diagnostics/outliers/query", "diagnostics/outliers/support"}
+    for figure, _ in kept.images.values():
+        titles = [panel.get_title() for panel in figure.axes if panel.get_title()]
+        assert len(titles) == 4
+        assert titles[0].startswith("task ")
+    assert kept.metrics["diagnostics/query/norm_max"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"), [("per_example.tasks=1", "2 or more"), ("per_example.every=-1", "0 or more")]
+)
+def test_bad_numbers_are_refused(override, words, tmp_path):
+    ended = main(*SMALL, f"diagnostics.{override}", f"hydra.run.dir={tmp_path}")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: diagnostics.{override}: give a whole number, {words}")
