@@ -215,7 +215,9 @@ def target_network(
     def adapt(loss: Loss, params, support, key) -> Adapted:
         two = getattr(loss, "two_argument", None)
         if two is None:
-            raise ValueError("target_network: this loss has no target; give one of two arguments (losses.semi_gradient)")
+            raise ValueError(
+                "target_network: this loss has no target; give one of two arguments (losses.semi_gradient)"
+            )
 
         def of_both(both, targets, batch, key):
             return two(both.online, targets.target, batch, key)

@@ -1,0 +1,174 @@
+"""Markov reward processes: exact values, what is sampled, and Boyan's chain as published."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maml.evaluate import Protocol, evaluate
+from maml.inner_loop import unroll
+from maml.losses import td0
+from maml.tasks import boyan_chain, value_prediction
+from maml.tasks.value_prediction import Process, exact_values, visits
+
+KEYS = jax.random.split(jax.random.key(0), 40)
+
+
+def random_process(seed: int, states: int = 6, gamma: float = 0.8) -> Process:
+    """A dense process with one terminal state, the first."""
+    generator = np.random.default_rng(seed)
+    transition = generator.dirichlet(np.ones(states), states)
+    discount = np.full(states, gamma)
+    discount[0] = 0.0
+    start = generator.dirichlet(np.ones(states))
+    return Process(transition, generator.normal(size=states), discount, start, np.eye(states))
+
+
+@pytest.mark.usefixtures("x64")
+def test_values_and_visits_are_the_limits_of_their_recursions():
+    process = Process(*map(jnp.asarray, random_process(0)))
+    step = np.asarray(process.transition) * np.asarray(process.discount)[None]
+    value, count, weight = np.zeros(6), np.zeros(6), np.asarray(process.start)
+    for _ in range(400):
+        value = process.reward + step @ value
+        count, weight = count + weight, step.T @ weight
+    np.testing.assert_allclose(exact_values(process), value, atol=1e-12)
+    np.testing.assert_allclose(visits(process), count / count.sum(), atol=1e-12)
+    ours = np.linalg.solve(np.eye(6) - step, process.reward)
+    np.testing.assert_allclose(exact_values(process), ours, atol=1e-12)
+
+
+def test_values_are_the_mean_return_of_long_monte_carlo():
+    process, generator = random_process(1), np.random.default_rng(2)
+    values = np.asarray(exact_values(Process(*(jnp.asarray(x, jnp.float32) for x in process))))
+    episodes, cumulative = 40_000, process.transition.cumsum(1)
+    for first in (1, 4):
+        state, weight, total = np.full(episodes, first), np.ones(episodes), np.zeros(episodes)
+        for _ in range(80):  # 0.8^80 = 2e-8
+            total += weight * process.reward[state]
+            state = np.minimum((generator.random((episodes, 1)) > cumulative[state]).sum(1), 5)
+            weight *= process.discount[state]
+        error = total.std() / np.sqrt(episodes)
+        assert abs(total.mean() - values[first]) < 4 * error
+        assert error < 0.02
+
+
+def recovered(tasks, i):
+    """Which state each of a task's transitions leaves and enters, by its features."""
+    features = tasks.query[0][i]
+
+    def index(x):
+        distances = np.abs(x[:, None] - features[None]).sum(-1)
+        assert (distances.min(1) == 0).all()
+        return distances.argmin(1)
+
+    return index(tasks.support.inputs_tm1[i]), index(tasks.support.inputs_t[i])
+
+
+def test_the_values_of_a_task_are_those_of_its_transitions():
+    """P, r and γ are estimated from many transitions of a task; the values that they imply are the query's."""
+    sampler = jax.jit(value_prediction(shots=40_000, states=5, branching=2, features=3, discount=0.7))
+    tasks = jax.device_get(sampler(KEYS[:2]))
+    for i in range(2):
+        now, then = recovered(tasks, i)
+        counts = np.zeros((5, 5))
+        np.add.at(counts, (now, then), 1)
+        assert ((counts > 0).sum(1) <= 2).all()
+        reward = np.array([tasks.support.reward_t[i][now == s, 0][0] for s in range(5)])
+        np.testing.assert_array_equal(tasks.support.reward_t[i][:, 0], reward[now])
+        assert (tasks.support.discount_t == np.float32(0.7)).all()
+        values = np.linalg.solve(np.eye(5) - 0.7 * counts / counts.sum(1, keepdims=True), reward)
+        np.testing.assert_allclose(tasks.query[1][i][:, 0], values, atol=0.05)
+        # r is linear in the features, as the text says
+        weights, *_ = np.linalg.lstsq(tasks.query[0][i], reward)
+        np.testing.assert_allclose(tasks.query[0][i] @ weights, reward, atol=1e-5)
+
+
+def test_states_are_drawn_as_often_as_they_are_visited():
+    tasks = jax.device_get(jax.jit(value_prediction(shots=40_000, states=4, branching=4, discount=0.5))(KEYS[:1]))
+    now, then = recovered(tasks, 0)
+    counts = np.zeros((4, 4))
+    np.add.at(counts, (now, then), 1)
+    chances = counts / counts.sum(1, keepdims=True)
+    expected = np.linalg.solve(np.eye(4) - 0.5 * chances.T, np.full(4, 0.25))
+    np.testing.assert_allclose(counts.sum(1) / counts.sum(), expected / expected.sum(), atol=0.01)
+
+
+def test_boyans_chain_has_the_published_values_and_features():
+    tasks = jax.device_get(jax.jit(boyan_chain(shots=2000))(KEYS[:3]))
+    inputs, values = tasks.query
+    np.testing.assert_allclose(values[..., 0], np.tile(-2.0 * np.arange(13), (3, 1)), atol=1e-4)
+    np.testing.assert_allclose(inputs @ np.array([-24.0, -16.0, -8.0, 0.0]), values[..., 0], atol=1e-4)
+    np.testing.assert_allclose(inputs[0, [12, 11, 9, 8, 0]], [
+        [1, 0, 0, 0], [0.75, 0.25, 0, 0], [0.25, 0.75, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1],
+    ])  # fmt: skip
+    now, then = recovered(tasks, 0)
+    rewards, discounts = tasks.support.reward_t[0, :, 0], tasks.support.discount_t[0, :, 0]
+    assert now.min() >= 1  # nothing leaves the last state
+    assert set(now - then) == {1, 2}
+    np.testing.assert_array_equal(rewards, np.where(now == 1, -2.0, -3.0))
+    np.testing.assert_array_equal(discounts, np.where(then == 0, 0.0, 1.0))
+    assert np.mean((now - then)[now > 1] == 1) == pytest.approx(0.5, abs=0.05)
+    # An episode enters 12 once and 11 every other time.
+    assert np.sum(now == 11) / np.sum(now == 12) == pytest.approx(0.5, abs=0.12)
+    different = tasks.support.inputs_tm1[0] != tasks.support.inputs_tm1[1]
+    assert different.any()
+
+
+def test_td0_learns_boyans_coefficients():
+    task = jax.tree.map(lambda x: x[0], jax.jit(boyan_chain(shots=4000))(KEYS[:1]))
+    loss = td0(lambda theta, x: x @ theta)
+    adapted = jax.jit(lambda p: unroll(optax.adam(0.5), 600)(loss, p, task.support, KEYS[0]).params)(jnp.zeros((4, 1)))
+    assert float(loss(adapted, task.query, KEYS[0])[0]) < 0.3  # of 200 before
+    np.testing.assert_allclose(adapted[:3, 0], [-24, -16, -8], atol=1.0)
+
+
+def test_a_spread_makes_chains_that_differ():
+    values = jax.device_get(jax.jit(boyan_chain(spread=0.5))(KEYS)).query[1][..., 0]
+    assert (values[:, 0] == 0).all()
+    assert (np.diff(values, axis=1).mean(1) < 0).all()
+    assert values[:, -1].std() > 1
+    assert (-2.0 * 1.5 <= values[:, 1]).all()
+    assert (values[:, 1] <= -2.0 * 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "states", "features"),
+    [(value_prediction(shots=7, states=6, features=3), 6, 3), (boyan_chain(shots=7, states=9, spread=1.0), 9, 4)],
+)
+def test_shapes_and_that_tasks_are_a_function_of_their_key(sampler, states, features):
+    one, again = (jax.device_get(jax.jit(sampler)(KEYS)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    last = jax.device_get(jax.jit(sampler)(KEYS[-1:]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[-1:], b, rtol=1e-4, atol=1e-4), one, last)
+    shapes = [x.shape for x in jax.tree.leaves(one)]
+    transitions = [(40, 7, features), (40, 7, 1), (40, 7, features), (40, 7, 1)]
+    assert shapes == [*transitions, (40, states, features), (40, states, 1)]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(one))
+    assert len({x.tobytes() for x in one.query[1]}) == 40
+
+
+def test_a_protocol_measures_the_error_to_the_exact_values():
+    sampler = boyan_chain(shots=50)
+    protocol = Protocol(tasks=3, shots=50, queries=13, steps=2)
+    loss = td0(lambda theta, x: x @ theta)
+    result = evaluate(jnp.zeros((4, 1)), sampler, loss, unroll(optax.sgd(0.5), 2), protocol)
+    assert result["step_0/loss"].mean == pytest.approx(np.mean((2.0 * np.arange(13)) ** 2), rel=1e-4)
+    assert result["step_2/loss"].mean < result["step_0/loss"].mean
+
+
+@pytest.mark.parametrize(
+    ("factory", "wrong", "message"),
+    [
+        *((value_prediction, {name: 0}, f"{name}=0") for name in ("shots", "states", "branching", "features")),
+        (value_prediction, {"branching": 11}, "branching=11"),
+        (value_prediction, {"discount": 1.0}, r"discount=1\.0"),
+        (boyan_chain, {"states": 3}, "states=3"),
+        (boyan_chain, {"shots": 1.5}, r"shots=1\.5"),
+        (boyan_chain, {"spread": 2}, "spread=2"),
+    ],
+)
+def test_wrong_sizes_are_refused(factory, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        factory(**wrong)
