@@ -99,14 +99,14 @@ def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
 
     Args:
       discount: a number in [0, 1], or a traced scalar, such as a meta-parameter: its derivative goes through every target.
-      target: how the outer derivative sees the target v(sₜ; φ). "full": φ is θ, and is differentiated (`semi_gradient`). "stop": φ
-        is a constant. The inner steps are the same, but their Jacobian loses ∂₂₁L, the dependence of the target on θ, and the
-        meta-gradient is an approximation, no nearer to the true one than first order, and sometimes of the other sign. As a plain
-        loss, such as an outer one, both follow ∂₁L.
+      target: how the outer derivative sees v(sₜ; φ). "full": φ is θ, and is differentiated (`semi_gradient`). "stop": φ is a
+        constant. The inner steps are the same, but their Jacobian loses ∂₂₁L, the dependence of the target on θ, and the
+        meta-gradient is an approximation: in the example of tests/test_losses.py as far from the true one as first order, and
+        with three steps of the other sign. As a plain loss, such as an outer one, both follow ∂₁L.
 
     Raises:
-      ValueError: for another `target`, a discount that is no scalar or outside of [0, 1]; when traced, for rewards or discounts that
-        are not shaped as the values.
+      ValueError: for another `target`, a discount that is no scalar or outside of [0, 1]; when traced, for rewards or discounts
+        that are not shaped as the values.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: give one of {', '.join(TARGETS)}")

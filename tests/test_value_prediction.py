@@ -129,7 +129,7 @@ def test_a_spread_makes_chains_that_differ():
     assert (values[:, 0] == 0).all()
     assert (np.diff(values, axis=1).mean(1) < 0).all()
     assert values[:, -1].std() > 1
-    assert (-2.0 * 1.5 <= values[:, 1]).all()
+    assert (values[:, 1] >= -2.0 * 1.5).all()
     assert (values[:, 1] <= -2.0 * 0.5).all()
 
 

@@ -51,11 +51,11 @@ def value_prediction(
     features: int = 4,
     discount: float = 0.9,
 ) -> Sampler:
-    """Random processes, Garnet's without actions (Bhatnagar et al. 2009, Automatica 45, section 7; this one is our own family).
+    """Random processes: Garnets (Bhatnagar et al. 2009, Automatica 45, 2471-2482) without actions; a family of our own.
 
-    Each state has `branching` successors, drawn without replacement, with probabilities uniform on the simplex. The features φ(s) are
-    standard normal, and r(s) = φ(s)·w with w normal of variance 1/features: what differs from task to task is w, P and
-    φ, and a learner that knows the family can tell the value of a state that it has not visited.
+    Each state has `branching` successors, drawn without replacement, with probabilities uniform on the simplex. The features φ(s)
+    are standard normal, and r(s) = φ(s)·w with w normal of variance 1/features. What differs from task to task is w, P and φ: a
+    learner that knows the family can tell the value of a state that it has not visited.
 
     The support set is `shots` independent transitions: s from `visits` for a uniform start, s' from P. Inputs [tasks, shots,
     features], rewards and discounts [tasks, shots, 1]; query inputs [tasks, states, features], values [tasks, states, 1]. All
@@ -87,7 +87,7 @@ def value_prediction(
 def boyan_chain(split: str = "meta_train", shots: int = 20, states: int = 13, spread: float = 0.0) -> Sampler:
     """Boyan's chain: from state i to i - 1 or i - 2 at even odds, reward -3, and from 1 to the last, 0, reward -2.
 
-    Boyan 2002 (Machine Learning 49, 233-246), section 4: 13 states, episodes start in the highest and are not discounted. The
+    Boyan 2002 (Machine Learning 49, 233-246): 13 states, episodes start in the highest and are not discounted. The
     4 features interpolate linearly between states 12, 8, 4 and 0, so that v(i) = -2i is linear in them, with the coefficients
     -24, -16, -8, 0. Tasks of the chain itself differ in their transitions alone; with `spread` ς > 0 each has odds of its own,
     uniform in ½ (1 ± ς), and each of its rewards is multiplied by a number uniform in 1 ± ς.
