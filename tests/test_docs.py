@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+PAGES = [p for p in sorted((Path(__file__).parents[1] / "docs").glob("*.md")) if "```python" in p.read_text()]
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -18,7 +18,6 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_in_order(page):
     scope = {"__name__": page.stem}
-    assert blocks(page)
     for line, code in blocks(page):
         exec(compile("\n" * line + code, page.name, "exec"), scope)
 

@@ -353,7 +353,7 @@ def test_a_target_network_keeps_the_optimizers_state_and_the_type_of_the_paramet
     for _ in range(4):
         updates, state = optimizer.update({"a": 2 * (by_hand["a"] - 0.5)}, state, by_hand)
         by_hand = optax.apply_updates(by_hand, updates)
-    np.testing.assert_allclose(adapted.params["a"], by_hand["a"], rtol=1e-6)
+    np.testing.assert_allclose(adapted.params["a"], by_hand["a"], rtol=1e-5)
     assert adapted.trace.params["a"].shape == (4, 2)
 
 
@@ -361,7 +361,7 @@ def test_a_target_network_keeps_the_optimizers_state_and_the_type_of_the_paramet
     ("wrong", "message"),
     [
         ({"period": 0}, "period=0"),
-        ({"period": 1.5}, "period=1.5"),
+        ({"period": -1}, "period=-1"),
         ({"rate": 0.0}, "rate=0"),
         ({"rate": 2.0}, "rate=2"),
     ],
