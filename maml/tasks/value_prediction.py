@@ -74,7 +74,8 @@ def value_prediction(
     def draw(key) -> Task:
         key_s, key_p, key_f, key_w, key_t = jax.random.split(key, 5)
         _, successors = jax.lax.top_k(jax.random.uniform(key_s, (states, states)), branching)
-        chances = jax.random.dirichlet(key_p, jnp.ones(branching), (states,))
+        chances = jax.random.exponential(key_p, (states, branching))
+        chances = chances / chances.sum(1, keepdims=True)
         transition = jnp.zeros((states, states)).at[jnp.arange(states)[:, None], successors].set(chances)
         inputs = jax.random.normal(key_f, (states, features))
         reward = inputs @ jax.random.normal(key_w, (features,)) / jnp.sqrt(features)
