@@ -318,7 +318,7 @@ def with_target_by_hand(theta, batch, rate, period, steps=6):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("rate", "period"), [(1.0, 1), (1.0, 2), (0.3, 1), (0.5, 4), (1.0, 7)])
+@pytest.mark.parametrize(("rate", "period"), [(1.0, 1), (0.3, 1), (0.5, 4)])
 def test_a_target_network_is_state_and_its_meta_gradient_is_that_of_the_program(rate, period):
     theta = random_like(0, jnp.zeros(4))
     batch = random_like(1, Transitions(jnp.zeros((8, 4)), jnp.zeros(8), jnp.zeros((8, 4))))

@@ -49,7 +49,7 @@ def value_prediction(
     states: int = 10,
     branching: int = 3,
     features: int = 4,
-    discount: float = 0.9,
+    discount: float = 0.8,
 ) -> Sampler:
     """Random processes: Garnets (Bhatnagar et al. 2009, Automatica 45, 2471-2482) without actions; a family of our own.
 
