@@ -136,7 +136,7 @@ def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
 def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[Apply, Params]:
     """The model for the shapes that the sampler draws: `outputs` is the ways, or the features of regression targets."""
     task = jax.eval_shape(sampler, jax.random.split(root, 1))
-    inputs, targets = task.support
+    inputs, targets = task.query  # a support set of transitions has no targets
     outputs = cfg.task.ways if "ways" in cfg.task else targets.shape[-1]
     factory = instantiate(cfg.model, _convert_="all")
     rngs = nnx.Rngs(params=key_for(root, "init"))

@@ -15,7 +15,7 @@ from maml.loggers import read_json_lines
 from maml.metrics import Interval
 from maml.objectives import with_norm
 from maml.random import keys_for
-from maml.types import Params
+from maml.types import Params, Transitions
 
 
 def draw(
@@ -27,10 +27,11 @@ def draw(
 ) -> dict[str, plots.Figure]:
     """Name -> figure: `step_<metric>` after each inner step, and `adaptation` of regression or `episode` of images."""
     figures = {f"step_{name}": _step_curve(name, metrics, protocol) for name in _names(metrics)}
-    inputs = jax.eval_shape(build.protocol_sampler(cfg, protocol), jax.random.split(jax.random.key(0), 1)).query[0]
+    task = jax.eval_shape(build.protocol_sampler(cfg, protocol), jax.random.split(jax.random.key(0), 1))
+    inputs, regression = task.query[0], not isinstance(task.support, Transitions)
     if protocol.ways and inputs.ndim == 5:  # [tasks, examples, height, width, channels]
         figures |= _episode(cfg, learner, params, protocol)
-    elif not protocol.ways and inputs.ndim == 3:  # [tasks, points, features]
+    elif not protocol.ways and inputs.ndim == 3 and regression:  # [tasks, points, features]
         figures |= _fits(cfg, learner, params, protocol)
     return figures
 

@@ -4,14 +4,16 @@ A loss that is a mean over examples carries `loss.per_example(params, batch, key
 `loss.batch_statistics`: whether the prediction of one example depends on the others (`maml.per_example` asks).
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from maml.types import Apply, Batch, Conditioned, Key, Loss, Metrics, Params
+from maml.types import Apply, Batch, Conditioned, Key, Loss, Metrics, Params, Transitions
 
 
 def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
@@ -107,3 +109,95 @@ def semi_gradient(two_argument: Callable[[Params, Params, Batch, Key], tuple[jax
 
     loss.two_argument = two_argument
     return loss
+
+
+TARGETS = ("full", "stop")
+
+
+def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
+    """TD(0): ½ mean δ² with δ = rₜ + γₜ v(sₜ; φ) - v(sₜ₋₁; θ), whose step follows the derivative in θ alone, at φ = θ.
+
+    v = `apply`, batch = `Transitions`, and γₜ = `discount` · `discount_t`. An inner step is θ + α mean(δ ∂v(sₜ₋₁)/∂θ): Sutton
+    1988 (Machine Learning 3, 9-44), or Sutton and Barto 2018, section 9.3. For one transition the Jacobian of the field δ ∂v is
+    ∂v(sₜ₋₁) (γₜ ∂v(sₜ) - ∂v(sₜ₋₁))ᵀ + δ ∂²v(sₜ₋₁), which is not symmetric.
+
+    Of a pair (inputs, values) it is `mse`, the value error: a query set that knows the true values asks for that, and so one loss
+    serves both sets of a task. The type of a batch is known when a program is traced: nothing is decided at run time.
+
+    Args:
+      discount: a number in [0, 1], or a traced scalar, such as a meta-parameter: its derivative goes through every target.
+      target: how the outer derivative sees v(sₜ; φ). "full": φ is θ, and is differentiated (`semi_gradient`). "stop": φ is a
+        constant. The inner steps are the same, but their Jacobian loses ∂₂₁L, the dependence of the target on θ, and the
+        meta-gradient is an approximation: in the example of tests/test_losses.py as far from the true one as first order, and
+        with three steps of the other sign. As a plain loss, such as an outer one, both follow ∂₁L.
+
+    Raises:
+      ValueError: for another `target`, a discount that is no scalar or outside of [0, 1]; when traced, for rewards or discounts
+        that are not shaped as the values.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: give one of {', '.join(TARGETS)}")
+    if jnp.ndim(discount):
+        raise ValueError(f"discount has shape {jnp.shape(discount)}: give a scalar, and discount_t in each batch")
+    if isinstance(discount, int | float) and not 0 <= discount <= 1:
+        raise ValueError(f"discount={discount}: give a number between 0 and 1")
+    value_error = mse(apply)
+
+    def two_argument(params, target_params, batch, key):
+        if not isinstance(batch, Transitions):
+            return value_error(params, batch, key)
+        before, after = _forward(apply, params, batch.inputs_tm1), _forward(apply, target_params, batch.inputs_t)
+        shapes = {"rewards": batch.reward_t, "discounts": batch.discount_t}
+        for name, x in shapes.items():
+            if x is not None and x.shape != before.shape:
+                raise ValueError(f"td0: {name} {x.shape} and values {before.shape} differ in shape")
+        factor = discount if batch.discount_t is None else discount * batch.discount_t
+        value = 0.5 * jnp.mean(jnp.square(batch.reward_t + factor * after - before))
+        return value, {"loss": value}
+
+    full = semi_gradient(two_argument)
+    return full if target == "full" else lambda params, batch, key: full(params, batch, key)
+
+
+def partitioned(losses: Mapping[str, Loss]) -> Loss:
+    """Each part of the parameters follows a loss of its own: {pattern: loss}, such as {"critic": td0(v), "actor": ...}.
+
+    g(θ) = (∂L₁/∂θ₁, ∂L₂/∂θ₂, ...), where a pattern is a regular expression that is searched for in the paths of parameters
+    ("layers/0/kernel"). Each Lᵢ may depend on all parameters, so that g is no gradient in general and its Jacobian not
+    symmetric. It is the semi-gradient of L(θ, φ) = Σᵢ Lᵢ(θᵢ, φ elsewhere), also where Lᵢ is a semi-gradient itself, and
+    so every derivative of an inner loop is exact, `mixed` too. Each loss is evaluated once in a step.
+
+    The value is ΣᵢLᵢ; the metrics are "loss", which is that, and each loss's own under its pattern.
+
+    Raises:
+      ValueError: for no loss; when traced, for a parameter that fits no pattern or several, and a pattern that no parameter fits.
+    """
+    if not losses:
+        raise ValueError("losses={}: give one loss or more, by the pattern of the parameters that follow it")
+
+    def two_argument(params, target, batch, key):
+        owners, structure = _owners(params, tuple(losses)), jax.tree.structure(params)
+        leaves = list(zip(owners, jax.tree.leaves(params), jax.tree.leaves(target), strict=True))
+        total, metrics = jnp.zeros(()), {}
+        for key_own, (pattern, loss) in zip(jax.random.split(key, len(losses)), losses.items(), strict=True):
+            own = structure.unflatten([p if owner == pattern else t for owner, p, t in leaves])
+            two = getattr(loss, "two_argument", None)
+            value, named = two(own, target, batch, key_own) if two else loss(own, batch, key_own)
+            total, metrics = total + value, metrics | {f"{pattern}/{k}": v for k, v in named.items()}
+        return total, {"loss": total} | metrics
+
+    return semi_gradient(two_argument)
+
+
+def _owners(params: Params, patterns: Sequence[str]) -> list[str]:
+    """For each leaf the one pattern that its path fits."""
+    owners = []
+    for path, _ in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = [pattern for pattern in patterns if re.search(pattern, name)]
+        if len(found) != 1:
+            raise ValueError(f"losses: the parameter {name} fits {found} of {list(patterns)}; let it fit exactly one")
+        owners += found
+    if unused := set(patterns) - set(owners):
+        raise ValueError(f"losses: no parameter fits {sorted(unused)}; correct the pattern, or leave it out")
+    return owners

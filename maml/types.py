@@ -30,6 +30,19 @@ class Task(NamedTuple):
     query: Batch
 
 
+class Transitions(NamedTuple):
+    """A batch of transitions sₜ₋₁ → sₜ of a Markov reward process: what a temporal-difference loss consumes.
+
+    `inputs_tm1` and `inputs_t` [batch, ...] describe the states before and after; `reward_t`, and `discount_t` where it is
+    given, are shaped as the values that are predicted. A discount of 0 says that the process ended in sₜ.
+    """
+
+    inputs_tm1: PyTree
+    reward_t: PyTree
+    inputs_t: PyTree
+    discount_t: PyTree = None
+
+
 class Trace(NamedTuple):
     """What happened in the inner loop; the leading axis of every leaf is `steps`.
 

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from maml.derivatives import first_order, mixed, reverse
-from maml.inner_loop import only, unroll
-from maml.losses import cross_entropy, mse
+from maml.inner_loop import only, target_network, unroll
+from maml.losses import cross_entropy, mse, semi_gradient, td0
 from maml.models import MLP, Conv4, functional
 from maml.objectives import query_loss
-from maml.types import Task
+from maml.types import Task, Transitions
 from tests.helpers import (
     Quadratic,
     central_difference,
@@ -293,3 +293,87 @@ def test_only_everything_is_the_plain_loop_and_nothing_is_refused():
 def test_a_wrong_number_of_steps_is_refused_at_the_factory(steps):
     with pytest.raises(ValueError, match="steps="):
         unroll(optax.sgd(0.1), steps)
+
+
+# A target network: a slower copy of the parameters, which the inner loop carries.
+
+
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def curved(theta, features):
+    return jnp.tanh(features @ theta)
+
+
+def with_target_by_hand(theta, batch, rate, period, steps=6):
+    """θ ← θ + 0.3 mean(δ ∂v(s; θ)) with δ = r + 0.9 v(s'; φ) - v(s; θ), and φ ← φ + rate (θ - φ) in every `period`-th step."""
+    target, path = theta, []
+    for step in range(1, steps + 1):
+        values, pull = jax.vjp(lambda p: curved(p, batch.inputs_tm1), theta)
+        delta = batch.reward_t + 0.9 * curved(target, batch.inputs_t) - values
+        theta = theta + 0.3 * pull(delta / len(delta))[0]
+        path.append(theta)
+        if step % period == 0:
+            target = target + rate * (theta - target)
+    return jnp.stack(path)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("rate", "period"), [(1.0, 1), (0.3, 1), (0.5, 4)])
+def test_a_target_network_is_state_and_its_meta_gradient_is_that_of_the_program(rate, period):
+    theta = random_like(0, jnp.zeros(4))
+    batch = random_like(1, Transitions(jnp.zeros((8, 4)), jnp.zeros(8), jnp.zeros((8, 4))))
+    along = random_like(2, (theta, batch, jnp.zeros(())))
+
+    def ours(derivative, remat=None):
+        def value(theta, batch, rate):
+            adapt = target_network(optax.sgd(0.3), 6, rate, period, derivative, remat)
+            adapted = adapt(td0(curved, 0.9), theta, batch, KEY)
+            return jnp.sum(adapted.params**2), adapted.trace.params
+
+        return value
+
+    arguments = (theta, batch, jnp.array(rate))
+    program = jax.jit(lambda x: with_target_by_hand(*x, period), compiler_options=QUICK)
+    slope = central_difference(lambda x: jnp.sum(program(x)[-1] ** 2), arguments, along)
+    for mode in ((reverse,), (mixed,), (mixed, 2)):
+        of = jax.jit(jax.grad(ours(*mode), (0, 1, 2), has_aux=True), compiler_options=QUICK)
+        grads, path = of(*arguments)
+        np.testing.assert_allclose(path, program(arguments), rtol=1e-12)
+        assert dot(grads, along) == pytest.approx(slope, rel=1e-7)
+    if rate == period == 1:
+        plain = unroll(optax.sgd(0.3), 6)(td0(curved, 0.9), theta, batch, KEY)
+        np.testing.assert_allclose(path, plain.trace.params, rtol=1e-12)
+
+
+def test_a_target_network_keeps_the_optimizers_state_and_the_type_of_the_parameters():
+    @semi_gradient
+    def toy(params, target, batch, key):
+        del key
+        value = jnp.sum((params["a"] - 0.5 * target["a"] - batch) ** 2)
+        return value, {"loss": value}
+
+    optimizer, params = optax.adam(0.1), {"a": jnp.ones(2)}
+    adapted = target_network(optimizer, 4, period=10)(toy, params, jnp.float32(0.0), KEY)
+    state, by_hand = optimizer.init(params), params
+    for _ in range(4):
+        updates, state = optimizer.update({"a": 2 * (by_hand["a"] - 0.5)}, state, by_hand)
+        by_hand = optax.apply_updates(by_hand, updates)
+    np.testing.assert_allclose(adapted.params["a"], by_hand["a"], rtol=1e-5)
+    assert adapted.trace.params["a"].shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"period": 0}, "period=0"),
+        ({"period": -1}, "period=-1"),
+        ({"rate": 0.0}, "rate=0"),
+        ({"rate": 2.0}, "rate=2"),
+    ],
+)
+def test_a_target_network_refuses_wrong_rates_periods_and_losses(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        target_network(optax.sgd(0.1), 3, **wrong)
+    with pytest.raises(ValueError, match="has no target"):
+        target_network(optax.sgd(0.1), 3)(mse(curved), jnp.ones(2), (jnp.ones((3, 2)), jnp.ones(3)), KEY)

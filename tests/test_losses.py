@@ -6,11 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from maml.derivatives import mixed, reverse
-from maml.inner_loop import unroll
-from maml.losses import cross_entropy, mse, semi_gradient
+from maml.derivatives import first_order, mixed, reverse, truncated
+from maml.inner_loop import only, unroll
+from maml.losses import cross_entropy, mse, partitioned, semi_gradient, td0
+from maml.types import Transitions
+from tests.helpers import central_difference, dot, random_like
 
 KEY = jax.random.key(0)
+
+
+def jit(f):
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})  # compilation is the time of these tests
 
 
 def identity(params, inputs):
@@ -80,3 +86,242 @@ def test_the_loss_of_bfloat16_outputs_is_float32(make):
     targets = jnp.array([0, 1, 1]) if make is cross_entropy else 2 * inputs
     value, _ = make(lambda p, x: (p * x).astype(jnp.bfloat16))(jnp.float32(3.0), (inputs, targets), KEY)
     assert value.dtype == jnp.float32
+
+
+# TD(0): one transition of a linear value, worked by hand. The library descends: its gradient is minus the ascent of textbooks.
+
+THETA = np.array([0.1, -0.1, 0.0])
+STEP = Transitions(np.array([[1.0, 2.0, -1.0]]), np.array([1.0]), np.array([[2.0, 1.0, 0.0]]))
+JACOBIAN = np.array([[1, -1, 1], [2, -2, 2], [-1, 1, -1]])  # of the ascent δ ∂v: s (s' - s)ᵀ
+STOPPED = np.array([[-1, -2, 1], [-2, -4, 2], [1, 2, -1]])  # -s sᵀ
+
+
+def linear(theta, features):
+    return jnp.dot(features, theta)
+
+
+def ascent(loss, batch=STEP, derivative=reverse):
+    return lambda theta: -derivative(loss)(theta, batch, KEY)[0]
+
+
+def judged(adapted):
+    return 0.5 * (adapted @ np.array([0.5, -1.0, 2.0]) - 0.7) ** 2
+
+
+def after(loss, steps, derivative=reverse, batch=STEP):
+    """The outer loss of the parameters after that many steps of 0.1."""
+    adapt = unroll(optax.sgd(0.1), steps, derivative)
+    return lambda theta: judged(adapt(loss, theta, batch, KEY).params)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("target", ["full", "stop"])
+def test_a_step_of_td0_is_delta_times_the_gradient_of_the_value(target):
+    value, metrics = td0(linear, target=target)(THETA, STEP, KEY)
+    assert float(value) == pytest.approx(0.72)  # ½ 1.2²
+    assert metrics["loss"] == value
+    for derivative in (reverse, mixed):
+        np.testing.assert_allclose(ascent(td0(linear, target=target), derivative=derivative)(THETA), [1.2, 2.4, -1.2])
+    residual = jax.grad(lambda p: -0.5 * (1 + STEP.inputs_t[0] @ p - STEP.inputs_tm1[0] @ p) ** 2)(jnp.array(THETA))
+    np.testing.assert_allclose(residual, [-1.2, 1.2, -1.2])  # the gradient of the whole is another direction
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_jacobian_of_td0_holds_the_target_and_is_not_symmetric():
+    full, stop = ascent(td0(linear)), ascent(td0(linear, target="stop"))
+    e1, e2 = np.eye(3)[:2]
+    np.testing.assert_allclose(jax.jacfwd(full)(THETA), JACOBIAN, atol=1e-12)
+    np.testing.assert_allclose(jax.jacrev(full)(THETA), JACOBIAN, atol=1e-12)
+    np.testing.assert_allclose(jax.jacrev(ascent(td0(linear), derivative=mixed))(THETA), JACOBIAN, atol=1e-12)
+    np.testing.assert_allclose(jax.jvp(full, (THETA,), (e1,))[1], [1, 2, -1], atol=1e-12)
+    np.testing.assert_allclose(jax.vjp(full, THETA)[1](e1)[0], [1, -1, 1], atol=1e-12)
+    differences = [(full(THETA + 1e-5 * e) - full(THETA - 1e-5 * e)) / 2e-5 for e in np.eye(3)]
+    np.testing.assert_allclose(np.stack(differences, 1), JACOBIAN, atol=1e-9)
+    np.testing.assert_allclose(jax.jacrev(stop)(THETA), STOPPED, atol=1e-12)  # symmetric, and another program's
+    assert (e2 @ JACOBIAN @ e1, e1 @ JACOBIAN @ e2) == (2, -1)
+
+
+TABLE = {  # steps: value, central differences, stopped target, first order
+    1: (0.47045, [-0.1455, 0.6305, -1.6005], [-0.8245, 0.2910, -1.6005], [-0.485, 0.97, -1.94]),
+    3: (
+        1.23999752,
+        [0.5574792, 0.2299208, -1.8047208],
+        [-1.6472408, -0.1448816, -2.2897592],
+        [-0.7874, 1.5748, -3.1496],
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("steps", TABLE)
+def test_the_meta_gradient_of_td0_is_that_of_the_program(steps):
+    value, exact, stopped, first = TABLE[steps]
+    program = after(td0(linear), steps)
+    assert float(program(THETA)) == pytest.approx(value, abs=1e-8)
+    slopes = [central_difference(program, THETA, e) for e in np.eye(3)]
+    np.testing.assert_allclose(slopes, exact, atol=1e-7)
+    for derivative in (reverse, mixed, truncated(steps)):
+        np.testing.assert_allclose(jax.grad(after(td0(linear), steps, derivative))(THETA), exact, atol=1e-7)
+        ours = jax.grad(after(td0(linear, target="stop"), steps, derivative))(THETA)
+        np.testing.assert_allclose(ours, stopped, atol=1e-7)
+    np.testing.assert_allclose(jax.grad(after(td0(linear), steps, first_order))(THETA), first, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("derivative", [reverse, mixed])
+def test_a_discount_is_learned_through_the_target(derivative):
+    def of(discount, target="full", steps=1):
+        return after(td0(linear, discount, target), steps, derivative)(THETA)
+
+    assert float(jax.grad(of)(1.0)) == pytest.approx(0.03395)
+    assert float(jax.grad(of)(1.0, "stop")) == pytest.approx(0.03395)  # of one step: only v(s') is stopped
+    slope = central_difference(lambda g: of(g, steps=3), jnp.array(0.9), jnp.array(1.0))
+    assert float(jax.grad(of)(0.9, steps=3)) == pytest.approx(slope, rel=1e-8)
+    assert abs(float(jax.grad(of)(0.9, "stop", 3)) - slope) > 1e-2 * abs(slope)
+
+    def by_transition(discount):  # a discount in the batch is differentiated as well
+        return after(td0(linear), 1, derivative, STEP._replace(discount_t=discount[None]))(THETA)
+
+    assert float(jax.grad(by_transition)(jnp.array(1.0))) == pytest.approx(0.03395)
+
+    def constant_target(discount):
+        def loss(theta, batch, key):
+            del key
+            target = jax.lax.stop_gradient(batch.reward_t + discount * linear(theta, batch.inputs_t))
+            value = 0.5 * jnp.mean((target - linear(theta, batch.inputs_tm1)) ** 2)
+            return value, {"loss": value}
+
+        return after(loss, 1, derivative)(THETA)
+
+    assert float(jax.grad(constant_target)(1.0)) == 0  # what `td0` avoids
+
+
+def test_td0_multiplies_discounts_and_averages_transitions():
+    now, then, reward, end = np.random.default_rng(3).normal(size=(4, 6, 1)).astype(np.float32)
+    end = (end > 0).astype(np.float32)
+    value, _ = td0(identity, 0.5)(jnp.float32(2.0), Transitions(now, reward, then, end), KEY)
+    assert float(value) == pytest.approx(0.5 * ((reward + 0.5 * end * 2 * then - 2 * now) ** 2).mean(), rel=1e-6)
+
+
+def test_td0_of_inputs_and_values_is_the_value_error():
+    x, y = np.random.default_rng(0).normal(size=(2, 7, 1)).astype(np.float32)
+    for target in ("full", "stop"):
+        ours, expected = (
+            loss(jnp.float32(2.0), (x, y), KEY)[0] for loss in (td0(identity, 0.9, target), mse(identity))
+        )
+        assert float(ours) == float(expected)
+
+
+def test_td0_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="target='half': give one of full, stop"):
+        td0(linear, target="half")
+    for wrong in (1.5, -0.1, np.ones(3)):
+        with pytest.raises(ValueError, match="discount"):
+            td0(linear, wrong)
+    for batch in (STEP._replace(reward_t=np.ones((1, 1))), STEP._replace(discount_t=np.ones(()))):
+        with pytest.raises(ValueError, match=r"td0: .* differ in shape"):
+            td0(linear)(THETA, batch, KEY)
+
+
+def network(params, inputs):
+    return (jnp.tanh(inputs @ params["body"]["kernel"] + params["body"]["bias"][None]) @ params["head"])[:, 0]
+
+
+def network_problem():
+    shapes = {"body": {"kernel": jnp.zeros((3, 6)), "bias": jnp.zeros(6)}, "head": jnp.zeros((6, 1))}
+    batch = random_like(1, Transitions(jnp.zeros((8, 3)), jnp.zeros(8), jnp.zeros((8, 3))))
+    features, values = random_like(2, (jnp.zeros((7, 3)), jnp.zeros(7)))
+    return random_like(0, shapes), batch, lambda params: jnp.mean((network(params, features) - values) ** 2)
+
+
+def checked(loss, by_hand, derivatives, where=None):
+    """For each derivative the relative error of the meta-gradient along a direction of parameters and transitions."""
+    params, batch, outer = network_problem()
+    directions = random_like(3, (params, batch))
+
+    program = jit(lambda both: outer(by_hand(*both)))
+    slope = central_difference(program, (params, batch), directions)
+    errors = {}
+    for derivative in derivatives:
+
+        def value(params, batch, derivative=derivative):
+            adapt = unroll(optax.sgd(0.2), 5, derivative)
+            return outer((only(where, adapt) if where else adapt)(loss, params, batch, KEY).params)
+
+        end, grads = jit(jax.value_and_grad(value, (0, 1)))(params, batch)
+        assert float(end) == pytest.approx(float(program((params, batch))), rel=1e-12)
+        errors[derivative] = abs(dot(grads, directions) - slope) / abs(slope)
+    return errors
+
+
+def td_ascent(params, batch):
+    """δ ∂v written out, for a mean over transitions."""
+    values, pull = jax.vjp(lambda p: network(p, batch.inputs_tm1), params)
+    delta = batch.reward_t + 0.9 * network(params, batch.inputs_t) - values
+    return pull(delta / len(delta))[0]
+
+
+def walk(field, steps=5):
+    def step(params, batch):
+        return jax.tree.map(lambda p, u: p + 0.2 * u, params, field(params, batch))
+
+    return lambda params, batch: jax.lax.fori_loop(0, steps, lambda _, p: step(p, batch), params)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_meta_gradient_of_a_network_that_learns_by_td0():
+    modes = (reverse, mixed)
+    assert max(checked(td0(network, 0.9), walk(td_ascent), modes).values()) <= 1e-6
+    assert min(checked(td0(network, 0.9, "stop"), walk(td_ascent), modes).values()) > 1e-2
+
+
+# A loss for each part of the parameters.
+
+
+def distance(params, batch, key):
+    """A loss of all parameters, for the body to follow."""
+    del key
+    value = jnp.mean((network(params, batch.inputs_t) - batch.reward_t) ** 2)
+    return value, {"loss": value, "extra": 2 * value}
+
+
+def parts_ascent(params, batch):
+    body = jax.grad(lambda body: distance(params | {"body": body}, batch, KEY)[0])(params["body"])
+    return {"body": jax.tree.map(jnp.negative, body), "head": td_ascent(params, batch)["head"]}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "only the head"])
+def test_each_part_follows_its_own_loss_and_the_meta_gradient_is_that_of_the_program(whole):
+    loss = partitioned({"^body/": distance, "^head$": td0(network, 0.9)})
+
+    def field(params, batch):
+        up = parts_ascent(params, batch)
+        return up if whole else up | {"body": jax.tree.map(jnp.zeros_like, up["body"])}
+
+    where = None if whole else (lambda path, leaf: path[0] == "head")  # noqa: ARG005
+    assert max(checked(loss, walk(field), (reverse, mixed), where).values()) <= 1e-6
+
+
+def test_one_loss_for_all_parts_is_that_loss():
+    params, batch, _ = network_problem()
+    ours, metrics = reverse(partitioned({".": distance}))(params, batch, KEY)
+    expected, _ = reverse(distance)(params, batch, KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)
+    assert sorted(metrics) == ["./extra", "./loss", "loss"]
+    assert float(metrics["loss"]) == pytest.approx(float(metrics["./loss"]))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ((), "give one loss"),
+        (("body",), r"head fits \[\] of"),
+        (("body", "head", "kernel"), "kernel fits .*exactly one"),
+        (("body|head", "tail"), "no parameter fits .*tail"),
+    ],
+)
+def test_parts_that_leave_out_or_share_a_parameter_are_refused(patterns, message):
+    params, batch, _ = network_problem()
+    with pytest.raises(ValueError, match=message):
+        partitioned(dict.fromkeys(patterns, distance))(params, batch, KEY)
