@@ -45,6 +45,14 @@ class Evaluation:
 
 
 @dataclass
+class Quantization:
+    bits: int = MISSING
+    activations: int | None = MISSING
+    scale: str = MISSING
+    layers: str = MISSING
+
+
+@dataclass
 class Config:
     """Names and types of the top level; the open groups hold callables and their arguments."""
 
@@ -55,6 +63,7 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
     logger: Any = MISSING
     evaluation: Evaluation = field(default_factory=Evaluation)
+    quantization: Quantization = field(default_factory=Quantization)
     seed: int = 0
     resume: str | None = None
     plan: bool = False

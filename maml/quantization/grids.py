@@ -118,6 +118,7 @@ def _where_inside(x, low, high):
 
 
 def wide(x):
+    """At least float32: in bfloat16 a code could not be told from the next."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -129,16 +130,19 @@ def _others(x, axis: int | None) -> tuple[int, ...]:
 
 
 def check_bits(bits: Any, least: int) -> None:
+    """ValueError for other than a whole number from `least` to 8."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= 8:
         one = " (one bit is `binary`)" if bits == 1 else ""
         raise ValueError(f"bits={bits!r}: give a whole number from {least} to 8{one}")
 
 
 def codes_range(bits: Any) -> tuple[int, int]:
+    """The least and the largest signed code."""
     check_bits(bits, 2)
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def check_scale(scale: Any) -> None:
+    """ValueError for steps that are not positive, where they are known."""
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.asarray(scale) > 0)):
         raise ValueError(f"scale={scale}: give positive steps")

@@ -42,7 +42,7 @@ def straight_through(f: Callable, surrogate: Callable = identity) -> Callable:
     D ∇²L(q) D (for a y of straight pieces), at the quantized q = f(x): symmetric, and with all curvature of L. Through an inner
     loop θₜ₊₁ = θₜ - α Dₜ ∇L(qₜ) the meta-gradient is ∏(I - α Dₜ ∇²L(qₜ) Dₜ) D ∇L_query(q), the exact gradient of the program
     whose residuals are constants. The quantized program itself is constant almost everywhere: central differences of it are
-    zero. A `custom_vjp` whose forward rule calls the bare quantizer has this gradient too, and silently another second derivative.
+    zero. A `custom_vjp` whose forward rule calls the bare quantizer has this gradient, and silently another second derivative.
     """
 
     def through(x):
