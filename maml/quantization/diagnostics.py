@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from maml.quantization.grids import wide
 from maml.quantization.quantizer import Quantizer, decode
 from maml.types import Adapt, Adapted, Params, Trace
 

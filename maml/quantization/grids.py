@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from maml.quantization.quantizer import Codes, Quantizer, identity
@@ -144,5 +145,5 @@ def codes_range(bits: Any) -> tuple[int, int]:
 
 def check_scale(scale: Any) -> None:
     """ValueError for steps that are not positive, where they are known."""
-    if not isinstance(scale, jax.core.Tracer) and not bool(jnp.all(jnp.asarray(scale) > 0)):
+    if not isinstance(scale, jax.core.Tracer) and not np.all(np.asarray(scale) > 0):
         raise ValueError(f"scale={scale}: give positive steps")
