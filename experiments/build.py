@@ -67,6 +67,14 @@ class Gradcheck:
 
 
 @dataclass
+class Quantization:
+    bits: int = MISSING
+    activations: int | None = MISSING
+    scale: str = MISSING
+    layers: str = MISSING
+
+
+@dataclass
 class Config:
     """Names and types of the top level; the open groups hold callables and their arguments."""
 
@@ -79,6 +87,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     gradcheck: Gradcheck = field(default_factory=Gradcheck)
+    quantization: Quantization = field(default_factory=Quantization)
     seed: int = 0
     resume: str | None = None
     plan: bool = False

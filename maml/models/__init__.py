@@ -3,3 +3,5 @@
 from maml.models.conv import Conv4 as Conv4
 from maml.models.functional import functional as functional
 from maml.models.mlp import MLP as MLP
+from maml.models.quantized import quantize as quantize
+from maml.models.quantized import quantized as quantized

@@ -1,0 +1,193 @@
+"""Models with quantized layers: the forward pass by hand, parameters and filters as they were, from the command line."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from omegaconf import OmegaConf
+
+from experiments import build
+from maml import quantization as q
+from maml.inner_loop import only, unroll
+from maml.losses import mse
+from maml.models import MLP, Conv4, functional, quantize, quantized
+from maml.objectives import query_loss
+from maml.types import Conditioned, Task
+from tests.helpers import central_difference, dot
+from tests.programs import SMALL, config, main, rows, summary
+
+KEY = jax.random.key(0)
+KERNEL, INPUT = q.uniform(4, axis=-1), q.uniform(8, symmetric=False, axis=0)
+
+
+def mlp(**kwargs):
+    init = nnx.initializers.normal(0.5)
+    return MLP((3,), 2, hidden=(4,), kernel_init=init, rngs=nnx.Rngs(0), **kwargs)
+
+
+def conv4():
+    norm = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
+    return Conv4((16, 16, 1), 2, filters=4, norm=norm, rngs=nnx.Rngs(0))
+
+
+def paths(params) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.flatten_with_path(params)[0]]
+
+
+def inputs(*shape: int):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def test_an_mlp_multiplies_quantized_inputs_and_kernels():
+    model, x = mlp(), inputs(5, 3)
+    apply, params = functional(quantize(model, KERNEL, INPUT))
+    first, second = (layer.kernel[...] for layer in model.layers)
+    hidden = jax.nn.relu(INPUT(x) @ KERNEL(first))
+    np.testing.assert_allclose(jax.jit(apply)(params, x), INPUT(hidden) @ KERNEL(second), atol=1e-6)
+    whole = jax.jit(apply)(params, x)
+    np.testing.assert_allclose(jax.jit(apply)(params, x[1:3]), whole[1:3], atol=1e-6)  # a range for each example
+    layer = quantize(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), None, INPUT)
+    np.testing.assert_allclose(layer(x[0]), layer(x[:1])[0], atol=1e-6)  # also without a batch axis
+
+
+def test_a_conv4_convolves_with_quantized_kernels():
+    """As the same network whose stored kernels are on the grid."""
+    model, x = conv4(), inputs(3, 16, 16, 1)
+    apply, params = functional(quantize(model, KERNEL, layers="convs/[13]"))
+    plain, _ = functional(model)
+    on_grid = jax.tree.map(lambda x: x, params)
+    for i in (1, 3):
+        kernel = on_grid["convs"][i]["kernel"]
+        kernel.set_value(KERNEL(kernel[...]))
+    expected = plain(on_grid, x)
+    np.testing.assert_allclose(apply(params, x), expected, atol=1e-5)
+    assert np.abs(expected - plain(params, x)).max() > 1e-3
+    reference = inputs(4, 16, 16, 1)
+    one, all_three = (apply(Conditioned(params, reference), y) for y in (x[1:2], x))
+    np.testing.assert_array_equal(one[0], all_three[1])
+
+
+@pytest.mark.parametrize("make", [mlp, conv4])
+def test_parameters_keep_their_paths_and_values_and_the_model_is_left_as_it_was(make):
+    model = make()
+    _, before = functional(model)
+    changed = quantize(model, KERNEL, INPUT)
+    _, after = functional(changed)
+    assert paths(after) == paths(before)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert paths(functional(model)[1]) == paths(before)
+    layer = model.layers[0] if make is mlp else model.linear
+    assert layer.dot_general is jax.lax.dot_general
+    _, learned = functional(quantize(model, q.learned(4)))
+    new = sorted(set(paths(learned)) - set(paths(before)))
+    names = ("layers/0/dot_general", "layers/1/dot_general")
+    if make is conv4:
+        names = (*(f"convs/{i}/conv_general_dilated" for i in range(4)), "linear/dot_general")
+    assert new == [f"{name}/scale/value" for name in names]
+
+
+@pytest.mark.usefixtures("x64")
+def test_learned_scales_are_moved_by_the_outer_loop_alone_if_so_chosen():
+    apply, params = functional(quantize(mlp(), q.learned(3)))
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    step = params["layers"][0]["dot_general"]["scale"][...]
+    kernel = np.asarray(mlp().layers[0].kernel[...], np.float64)
+    assert jax.nn.softplus(step) == pytest.approx(2 * np.abs(kernel).mean() / np.sqrt(3), rel=1e-5)
+
+    loss = mse(apply)
+    adapt = only(nnx.Not(nnx.PathContains("scale")), unroll(optax.sgd(0.1), 2))
+    rng = np.random.default_rng(1)
+    task = Task(*((jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(6, 2)))) for _ in range(2)))
+    adapted = jax.jit(lambda p: adapt(loss, p, task.support, KEY))(params).params
+    moved = {
+        p for p, a, b in zip(paths(params), *map(jax.tree.leaves, (params, adapted)), strict=True) if np.any(a != b)
+    }
+    assert moved == {p for p in paths(params) if "scale" not in p}
+    gradient = jax.jit(jax.grad(lambda p: query_loss(loss, adapt)(p, task, KEY, 0)[0]))(params)
+    assert all(np.any(x != 0) for x in jax.tree.leaves(gradient))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_derivative_along_the_outputs_bias_is_that_of_the_program():
+    """The last bias is not quantized, and what it moves in two inner steps of itself is smooth: central differences hold."""
+    apply, params = functional(quantize(mlp(), KERNEL, INPUT))
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    rng = np.random.default_rng(1)
+    task = Task(*((jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(6, 2)))) for _ in range(2)))
+    adapt = only(lambda path, _: path[:3] == ("layers", 1, "bias"), unroll(optax.sgd(0.1), 2))
+    outer = jax.jit(lambda p: query_loss(mse(apply), adapt)(p, task, KEY, 0)[0])
+    along = jax.tree.map(jnp.zeros_like, params)
+    along["layers"][1]["bias"].set_value(jnp.array([1.0, -2.0]))
+    expected = central_difference(outer, params, along)
+    assert dot(jax.jit(jax.grad(outer))(params), along) == pytest.approx(expected, rel=1e-6)
+
+
+def test_patterns_that_find_nothing_and_layers_that_are_quantized_are_refused():
+    with pytest.raises(
+        ValueError, match="layers='head': finds no kernel; the paths are layers/0/kernel, layers/1/kernel"
+    ):
+        quantize(mlp(), KERNEL, layers="head")
+    with pytest.raises(ValueError, match="the paths are none"):
+        quantize(nnx.LayerNorm(3, rngs=nnx.Rngs(0)), KERNEL)
+    once = quantize(mlp(), q.uniform(8), layers="layers/0")
+    twice = quantize(once, KERNEL, layers="layers/1")
+    assert twice.layers[0].dot_general.kernels is once.layers[0].dot_general.kernels
+    with pytest.raises(ValueError, match="layers/0/kernel is quantized already"):
+        quantize(once, KERNEL)
+
+
+def test_the_factory_hands_arguments_on():
+    model = quantized((3,), 2, model=MLP, kernels=KERNEL, hidden=(7,), rngs=nnx.Rngs(0))
+    assert model.layers[0].kernel.shape == (3, 7)
+    with pytest.raises(TypeError, match="width"):
+        quantized((3,), 2, model=MLP, width=3, rngs=nnx.Rngs(0))
+
+
+# --- from a config ---
+
+
+def apply_of(*overrides: str):
+    cfg = config("model=mlp_quantized", "model.hidden=[8]", *overrides)
+    OmegaConf.resolve(cfg)
+    sampler = build.build_sampler(cfg, "meta_train")
+    return build.build_model(cfg, sampler, KEY)
+
+
+def test_32_bits_are_none():
+    x = inputs(5, 1)
+    plain = config("model.hidden=[8]")
+    expected, params = build.build_model(plain, build.build_sampler(plain, "meta_train"), KEY)
+    for overrides in (("quantization.bits=32",), ("quantization.bits=32", "quantization.activations=32")):
+        apply, same = apply_of(*overrides)
+        jax.tree.map(np.testing.assert_array_equal, params, same)
+        np.testing.assert_array_equal(apply(same, x), expected(params, x))
+    for bits in (1, 4):
+        apply, same = apply_of(f"quantization.bits={bits}", "quantization.activations=8")
+        assert np.abs(apply(same, x) - expected(params, x)).max() > 1e-6
+
+
+def test_a_config_that_is_wrong_is_refused_by_name():
+    for override, message in (
+        ("quantization.bits=12", "bits=12"),
+        ("quantization.scale=row", "scale='row'"),
+        ("quantization.layers=head", "layers='head': finds no kernel"),
+    ):
+        with pytest.raises(Exception, match=message):
+            apply_of(override)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "bits"), [("maml", "scale=channel"), ("fomaml", "activations=8"), ("maml_on_grid", "layers=layers/1")]
+)
+def test_programs_with_quantized_models(tmp_path, algorithm, bits):
+    choice = ("model=mlp_quantized", f"algorithm={algorithm}", "quantization.bits=4", f"quantization.{bits}")
+    ended = main(*SMALL, *choice, "logger=quiet", f"hydra.run.dir={tmp_path}")
+    assert ended.code == 0, ended.err
+    metrics = summary(tmp_path)["metrics"]
+    assert set(metrics) == {f"meta_test/step_{k}/loss" for k in range(3)}
+    assert all(np.isfinite(value["mean"]) for value in metrics.values())
+    assert ("meta_train/support/code_flips" in rows(tmp_path)[0]) == (algorithm == "maml_on_grid")
