@@ -54,8 +54,18 @@ class PerExample:
 
 
 @dataclass
+class Curvature:
+    """Curvature along the inner loop, logged during training (`experiments.curvature`)."""
+
+    every: int = MISSING
+    tasks: int = MISSING
+    lanczos: int = MISSING
+
+
+@dataclass
 class Diagnostics:
     per_example: PerExample = field(default_factory=PerExample)
+    curvature: Curvature = field(default_factory=Curvature)
 
 
 @dataclass
@@ -133,6 +143,16 @@ def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
     return instantiate(cfg.algorithm.objective, _convert_="all")(loss, adapt)
 
 
+def with_derivative(cfg: DictConfig, name: str) -> DictConfig:
+    """The config with its inner loop differentiated in another way of `maml.derivatives`; as it is where there is none."""
+    if "derivative" not in cfg.algorithm:
+        return cfg
+    cfg = cfg.copy()
+    OmegaConf.set_readonly(cfg, False)
+    cfg.algorithm.derivative = {"_target_": f"maml.derivatives.{name}", "_partial_": True}
+    return cfg
+
+
 def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
     """The sampler of a split; `sizes` (ways, shots, queries) replace those of the task where it has them."""
     node = {k: v for k, v in cfg.task.items() if k != "loss"}
@@ -206,6 +226,7 @@ _WHOLE = {
     **{f"trainer.{name}": 1 for name in ("meta_batch", "log_every", "checkpoint_every", "keep_checkpoints")},
     **{"trainer.validation_tasks": 1, "algorithm.steps": 0},
     **{"diagnostics.per_example.every": 0, "diagnostics.per_example.tasks": 2, "diagnostics.per_example.outliers": 0},
+    **{"diagnostics.curvature.every": 0, "diagnostics.curvature.tasks": 1, "diagnostics.curvature.lanczos": 1},
     **{"gradcheck.tasks": 1, "gradcheck.directions": 1},
 }
 """The least value of every whole number."""

@@ -7,7 +7,7 @@
     diagnostics/support/...  derivative of a task's query loss in the weight of each support example
 
 as scalars to every logger, as histograms and a table of outliers to those that take them, and as pictures of the worst examples.
-The last two need a loss with `per_example`.
+The last two need a loss with `per_example`. `diagnostics.curvature.every` logs what `experiments.curvature` measures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from experiments import build
+from experiments import build, curvature
 from maml import plots, train
 from maml.per_example import (
     COSINE_BINS,
@@ -40,7 +40,7 @@ Callback = Callable[[train.Progress], None]
 
 def callbacks(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) -> list[tuple[int, Callback]]:
     """The diagnostics that the config asks for, as pairs (every so many meta-steps, callback) of `train.fit`."""
-    makers = {"per_example": per_example}
+    makers = {"per_example": per_example, "curvature": curvature.callback}
     periods = {name: cfg.diagnostics[name].every for name in makers}
     return [(every, makers[name](cfg, learner, loggers)) for name, every in periods.items() if every]
 
@@ -115,7 +115,10 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Seen]:
 def _queries(cfg: DictConfig, learner: build.Learner, params: Params, tasks: Task, keys: Any, step: Any) -> Queries:
     """Of each task on its own, one after the other: the memory is that of the query gradients of one task."""
     loss = weighted(learner.loss)
-    objective, exact = build.build_objective(cfg, loss), build.build_objective(_second_order(cfg), loss)
+    objective, exact = (
+        build.build_objective(cfg, loss),
+        build.build_objective(build.with_derivative(cfg, "reverse"), loss),
+    )
 
     def one(pair):
         task, key = pair
@@ -125,16 +128,6 @@ def _queries(cfg: DictConfig, learner: build.Learner, params: Params, tasks: Tas
         return Queries(losses, found.norms, found.cosines, found.noise, weights)
 
     return jax.lax.map(one, (tasks, keys))
-
-
-def _second_order(cfg: DictConfig) -> DictConfig:
-    """The config with every inner step differentiated: under first order nothing that happens in it has an influence."""
-    if "derivative" not in cfg.algorithm:
-        return cfg
-    cfg = cfg.copy()
-    OmegaConf.set_readonly(cfg, False)
-    cfg.algorithm.derivative = {"_target_": "maml.derivatives.reverse", "_partial_": True}
-    return cfg
 
 
 def scalars(seen: Seen) -> dict[str, float]:
@@ -198,17 +191,17 @@ def _bins(name: str, values: np.ndarray) -> np.ndarray:
 
 def _log_outliers(loggers: Sequence[Any], seen: Seen, count: int, step: int) -> None:
     """The query examples with the largest meta-gradients, and the support examples that hurt most, over all tasks."""
-    queries, support = _worst_queries(seen, count), _worst_support(seen, count)
+    queries, support = worst_queries(seen, count), worst_support(seen, count)
     tables = {"diagnostics/outliers/query": queries, "diagnostics/outliers/support": support}
     tell(loggers, "record", step, tables)
     for name, rows in tables.items():
         tell(loggers, "text", name, markdown(rows), step)
         if any(hasattr(logger, "image") for logger in loggers):
-            for figure in _pictures(seen.tasks, name.rpartition("/")[-1], rows):
+            for figure in pictures(seen.tasks, name.rpartition("/")[-1], rows):
                 tell(loggers, "image", name, figure, step)
 
 
-def _worst_queries(seen: Seen, count: int) -> list[dict[str, Any]]:
+def worst_queries(seen: Seen, count: int) -> list[dict[str, Any]]:
     found = seen.queries
     assert found is not None
     rows = outliers(np.ravel(found.norms), np.ravel(found.cosines), np.ravel(found.losses), count)
@@ -216,7 +209,7 @@ def _worst_queries(seen: Seen, count: int) -> list[dict[str, Any]]:
     return [{"task": row.index // each, **row._asdict(), "index": row.index % each} for row in rows]
 
 
-def _worst_support(seen: Seen, count: int) -> list[dict[str, Any]]:
+def worst_support(seen: Seen, count: int) -> list[dict[str, Any]]:
     assert seen.queries is not None
     values = seen.queries.influence
     worst = np.argsort(-values, axis=None, kind="stable")[:count]
@@ -231,7 +224,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _pictures(tasks: Task, side: str, rows: Sequence[Mapping[str, Any]]) -> list[plots.Figure]:
+def pictures(tasks: Task, side: str, rows: Sequence[Mapping[str, Any]]) -> list[plots.Figure]:
     """The examples of a table, where they are images."""
     inputs = getattr(tasks, side)[0]
     if inputs.ndim != 5:  # [tasks, examples, height, width, channels]

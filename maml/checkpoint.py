@@ -107,6 +107,14 @@ class Checkpoints:
             raise Damaged(f"no checkpoint in {self.directory} can be read: delete it to start anew")
         return None
 
+    def restore_at(self, step: int, template) -> Any:
+        """The tree saved under `step`, shaped as `template`.
+
+        Raises:
+          ValueError: where it is damaged or of another structure.
+        """
+        return self._restore(step, template)
+
     def close(self) -> None:
         if self._manager is not None:
             self._manager.close()

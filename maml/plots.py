@@ -125,6 +125,24 @@ def learning_curves(
     return _labelled(figure, panel, "meta-steps", ylabel)
 
 
+def spectra(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], width: float = 0.01) -> Figure:
+    """Spectral densities from (nodes, weights) by label, on a logarithmic axis.
+
+    Each node is a Gaussian bell whose width is this share of the range of all nodes.
+    """
+    low = min(float(np.min(nodes)) for nodes, _ in curves.values())
+    high = max(float(np.max(nodes)) for nodes, _ in curves.values())
+    sigma = max(high - low, 1e-12) * width
+    grid = np.linspace(low - 5 * sigma, high + 5 * sigma, 500)
+    figure, (panel,) = _panels(1, 1, width=6.0, height=3.5)
+    for label, (nodes, weights) in curves.items():
+        bells = np.exp(-0.5 * ((grid[:, None] - nodes) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+        panel.plot(grid, np.maximum(bells @ weights, 1e-12), label=label)
+    panel.set_yscale("log")
+    panel.set_ylim(bottom=1e-5 / sigma)
+    return _labelled(figure, panel, f"eigenvalue (bandwidth {sigma:.2g})", "density")
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a PNG, whole or not at all, in a directory it makes; OSError if it cannot."""
     path = Path(path)

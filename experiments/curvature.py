@@ -1,0 +1,152 @@
+"""The curvature that the inner loop meets, on a few tasks: during training, and for the report of a run.
+
+`diagnostics.curvature.every=500` logs, on tasks drawn for it (the same in a resumed run):
+
+    diagnostics/curvature/stable_step_size_...    2/λmax of the support loss before adaptation, over what the inner loop moves
+    diagnostics/curvature/step_i/...              along the path: curvature, predicted and actual decrease of the support loss
+    diagnostics/curvature/first_order_...         cosine and norm ratio of the first-order to the full meta-gradient
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments import build
+from maml import train
+from maml.curvature import (
+    Comparison,
+    Path,
+    Spectrum,
+    StableStep,
+    adaptation_path,
+    first_order_comparison,
+    hvp,
+    lanczos,
+    of_loss,
+    stable_step_size,
+)
+from maml.random import key_for, keys_for
+from maml.types import Adapt, Loss, Params, Task, as_argument
+
+
+class Curvatures(NamedTuple):
+    """Of each task [tasks, ...], and the comparison of their mean meta-gradients."""
+
+    path: Path
+    stable: StableStep
+    comparison: Comparison
+
+
+def callback(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) -> Callable[[train.Progress], None]:
+    """A callback of `train.fit` that measures at the parameters of the moment, and logs.
+
+    Raises:
+      ValueError: for an algorithm without an inner loop, for a semi-gradient, and for more Lanczos steps than parameters.
+    """
+    measure = measurement(cfg, learner)
+    jax.eval_shape(measure, learner.state.params, as_argument(learner.sampler), learner.state.key, learner.state.step)
+
+    def call(progress: train.Progress) -> None:
+        state = progress.state
+        seen = jax.device_get(measure(state.params, as_argument(learner.sampler), state.key, state.step))
+        for logger in loggers:
+            logger(int(state.step), {f"diagnostics/curvature/{k}": v for k, v in scalars(cfg, seen).items()})
+
+    return call
+
+
+def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvatures]:
+    """Compiled: (params, sampler, root key, meta-step) -> Curvatures."""
+    adapt, settings = inner_loop(cfg), cfg.diagnostics.curvature
+    of_loss(learner.loss, (), jax.random.key(0))
+    full, cut = (
+        build.build_objective(build.with_derivative(cfg, name), learner.loss) for name in ("reverse", "first_order")
+    )
+
+    @jax.jit
+    def measure(params, sampler, root, step) -> Curvatures:
+        tasks = sampler(keys_for(root, "diagnostics/curvature", step, settings.tasks))
+        keys = keys_for(root, "diagnostics/curvature/keys", step, settings.tasks)
+
+        def one(pair):
+            task, key = pair
+            path = adaptation_path(adapt, learner.loss, params, task.support, key)
+            product = moved_hessian(adapt, learner.loss, params, task, key, after=False)
+            return path, stable_step_size(product, params, settings.lanczos, key)
+
+        def mean(objective):
+            return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
+
+        return Curvatures(*jax.lax.map(one, (tasks, keys)), first_order_comparison(mean(full), mean(cut), params))
+
+    return measure
+
+
+def inner_loop(cfg: DictConfig) -> Adapt:
+    """The algorithm's own.
+
+    Raises:
+      ValueError: where it has none.
+    """
+    if not cfg.algorithm.steps:
+        raise ValueError(
+            f"diagnostics.curvature: algorithm {cfg.algorithm.name} takes no inner steps; set every=0, or steps"
+        )
+    return instantiate(build.with_derivative(cfg, "reverse").algorithm.adapt, _convert_="all")
+
+
+def moved_hessian(
+    adapt: Adapt, loss: Loss, params: Params, task: Task, key: Any, *, after: bool, side: str = "support"
+) -> Callable[[Params], Params]:
+    """Products with the Hessian of the loss before or after adaptation, over the parameters that the inner loop moves."""
+    adapted = adapt(loss, params, task.support, key).params
+    moved = jax.tree.map(lambda a, b: jnp.any(a != b).astype(a.dtype), params, adapted)
+    product = hvp(of_loss(loss, getattr(task, side), key), adapted if after else params)
+
+    def over_moved(v):
+        inside = product(jax.tree.map(jnp.multiply, moved, v))
+        return jax.tree.map(jnp.multiply, moved, inside)
+
+    return over_moved
+
+
+def moved_spectra(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> dict[str, Spectrum]:
+    """Spectra [tasks, k] of support and query loss before and after adaptation, without vectors."""
+    keys = keys_for(root, "diagnose/spectra", 0, len(jax.tree.leaves(tasks)[0]))
+
+    def one(pair):
+        task, key = pair
+        found = {}
+        for side in ("support", "query"):
+            for when in ("before", "after"):
+                product = moved_hessian(adapt, loss, params, task, key, after=when == "after", side=side)
+                spectrum = lanczos(product, params, k, key_for(root, "diagnose/start"))
+                found[f"{side}/{when}"] = spectrum._replace(vectors=())
+        return found
+
+    return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
+
+
+def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
+    """The numbers that every logger gets: means over tasks."""
+    stable, values = np.asarray(seen.stable.step_size), {}
+    values |= {"stable_step_size_min": stable.min(), "stable_step_size_median": np.median(stable)}
+    if isinstance(size := cfg.algorithm.step_size, int | float):
+        values["beyond_stable"] = (stable < size).mean()
+    for i in range(seen.path.loss.shape[1]):
+        values |= {f"step_{i + 1}/{name}": np.mean(x[:, i]) for name, x in seen.path._asdict().items()}
+    values |= {f"first_order_{name}": x for name, x in seen.comparison._asdict().items()}
+    return {name: float(value) for name, value in values.items()}
+
+
+def path_rows(path: Path) -> list[Mapping[str, Any]]:
+    """A row for each inner step, means over tasks."""
+    return [
+        {"step": i + 1, **{name: float(np.mean(x[:, i])) for name, x in path._asdict().items()}}
+        for i in range(path.loss.shape[1])
+    ]

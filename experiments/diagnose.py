@@ -1,0 +1,212 @@
+"""A report on what a run has learned: spectra, stable step sizes, noise scales, influence, first against second order.
+
+    python -m experiments.diagnose RUN_DIRECTORY [diagnostics.curvature.tasks=N] [diagnostics.curvature.lanczos=K]
+                                   [diagnostics.per_example.tasks=N] [diagnostics.per_example.outliers=N] [task.data_dir=DIR]
+
+Writes RUN_DIRECTORY/diagnosis/report.md with its figures as PNG, and report.json with its numbers. The tasks are of
+meta-training; the inner loop is the algorithm's own. What a loss or an algorithm does not have is left out, and said.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import build, curvature, diagnostics
+from experiments.program import REFUSALS, refuse, write
+from maml import plots, train
+from maml.checkpoint import Checkpoints
+from maml.random import keys_for
+from maml.types import as_argument
+
+ALLOWED = ("diagnostics.", "task.data_dir")
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def load(directory: Path, overrides: Sequence[str]) -> tuple[DictConfig, build.Learner, dict[int, train.Progress]]:
+    """Config, learner, and the progress at every checkpoint of a run, oldest first.
+
+    Raises:
+      ValueError: for a directory without checkpoints, and keys that are not of the diagnostics.
+    """
+    newest = Checkpoints(directory / "checkpoints")
+    config = newest.config()
+    if config is None:
+        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
+    defaults = OmegaConf.load(CONF / "config.yaml")
+    cfg = OmegaConf.merge({"diagnostics": defaults.diagnostics}, dict(config))  # also of runs that had none
+    cfg.diagnostics = OmegaConf.merge(OmegaConf.structured(build.Diagnostics), cfg.diagnostics)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
+            raise ValueError(f"{override}: give diagnostics.{{curvature,per_example}}.KEY=VALUE, or task.data_dir=DIR")
+        OmegaConf.update(cfg, key, yaml.safe_load(value))
+    assert isinstance(cfg, DictConfig)
+    learner = build.learner(cfg)
+    template = train.begin(learner.state, learner.step, learner.sampler)
+    return cfg, learner, {step: newest.restore_at(step, template) for step in newest.steps()}
+
+
+def diagnose(cfg: DictConfig, learner: build.Learner, kept: Mapping[int, train.Progress]) -> dict[str, Any]:
+    """The numbers of the report, of the newest checkpoint where nothing else is said; and its figures under "figures"."""
+    report: dict[str, Any] = {"algorithm": cfg.algorithm.name, "meta_step": max(kept), "left_out": []}
+    figures: dict[str, plots.Figure] = {}
+    for part in (_curvature, _per_example):
+        try:
+            numbers, drawn = part(cfg, learner, kept)
+        except ValueError as error:
+            report["left_out"].append(str(error))
+            continue
+        report |= numbers
+        figures |= drawn
+    return report | {"figures": figures}
+
+
+def _curvature(cfg, learner, kept):
+    measure, adapt = curvature.measurement(cfg, learner), curvature.inner_loop(cfg)
+    sampler = as_argument(learner.sampler)
+    seen = {
+        step: jax.device_get(measure(p.state.params, sampler, p.state.key, p.state.step)) for step, p in kept.items()
+    }
+    state, last, k = kept[max(kept)].state, seen[max(kept)], cfg.diagnostics.curvature.lanczos
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, cfg.diagnostics.curvature.tasks))
+    spectra = jax.device_get(curvature.moved_spectra(adapt, learner.loss, state.params, tasks, state.key, k))
+    numbers = {
+        "path": curvature.path_rows(last.path),
+        "stable_step_size": {
+            "inner_step_size": cfg.algorithm.step_size,
+            **{name: np.asarray(x).tolist() for name, x in last.stable._asdict().items()},
+        },
+        "first_order": [
+            {"meta_step": step, **{n: float(x) for n, x in s.comparison._asdict().items()}} for step, s in seen.items()
+        ],
+        "spectra": [
+            {
+                "loss": name,
+                "largest": float(s.values[:, -1].mean()),
+                "largest_residual": float(s.residuals[:, -1].max()),
+                "smallest": float(s.values[:, 0].mean()),
+                "smallest_residual": float(s.residuals[:, 0].max()),
+            }
+            for name, s in spectra.items()
+        ],
+    }
+    steps = list(seen)
+    figures = {
+        "spectra": plots.spectra({name: (s.values.ravel(), s.weights.ravel() / len(s.values)) for name, s in spectra.items()}),
+        "first_order": plots.learning_curves(
+            {"cosine to the full meta-gradient": (steps, [float(s.comparison.cosine) for s in seen.values()])}, "cosine"
+        ),
+        "path": plots.step_curve(
+            {name: _mean_ci(getattr(last.path, name)) for name in ("predicted", "actual")},
+            "decrease of the support loss", "inner step (from 0)",
+        ),
+    }  # fmt: skip
+    return numbers, figures
+
+
+def _mean_ci(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over tasks and their standard errors."""
+    return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.full(
+        values.shape[1], np.nan
+    )
+
+
+def _per_example(cfg, learner, kept):
+    state = kept[max(kept)].state
+    measure = diagnostics.measurement(cfg, learner)
+    seen = jax.device_get(measure(state.params, as_argument(learner.sampler), state.key, state.step))
+    numbers: dict[str, Any] = {"gradients": diagnostics.scalars(seen)}
+    figures: dict[str, plots.Figure] = {}
+    count = cfg.diagnostics.per_example.outliers
+    if seen.queries is not None and count:
+        for side, find in (("query", diagnostics.worst_queries), ("support", diagnostics.worst_support)):
+            numbers[f"worst_{side}"] = rows = find(seen, count)
+            for figure in diagnostics.pictures(seen.tasks, side, rows):
+                figures[f"worst_{side}"] = figure
+    return numbers, figures
+
+
+SECTIONS: Mapping[str, tuple[str, str]] = {
+    "spectra": (
+        "Spectra of the Hessian before and after adaptation",
+        "Largest and smallest Ritz value (means over tasks) with the largest residual: an eigenvalue lies within it. Over the "
+        "parameters that the inner loop moves.",
+    ),
+    "stable_step_size": (
+        "Largest stable inner step size",
+        "2/λmax of the support loss before adaptation, for each task; low and high from the residual.",
+    ),
+    "path": (
+        "Along the inner loop",
+        "Means over tasks. curvature: κ along the step; predicted: decrease of the quadratic at hand; actual: decrease of the "
+        "support loss.",
+    ),
+    "first_order": ("First-order against full meta-gradient", "At each checkpoint that was kept."),
+    "gradients": (
+        "Meta-gradients of tasks, query examples and support examples",
+        "noise_scale in tasks or examples; NaN where it is not resolved.",
+    ),
+    "worst_query": ("Query examples with the largest meta-gradients", ""),
+    "worst_support": (
+        "Support examples that hurt the query loss most",
+        "influence: derivative in the example's weight.",
+    ),
+}
+
+
+def markdown(report: Mapping[str, Any], figures: Sequence[str]) -> str:
+    """The report: a section for each part that there is."""
+    lines = [f"# Diagnosis: {report['algorithm']} at meta-step {report['meta_step']}", ""]
+    lines += [f"Left out: {reason}" for reason in report["left_out"]]
+    for name, (title, note) in SECTIONS.items():
+        if name in report:
+            lines += ["", f"## {title}", "", *([note, ""] if note else []), _table(report[name])]
+            lines += ["", f"![{name}]({name}.png)"] if name in figures else []
+    return "\n".join(lines) + "\n"
+
+
+def _table(content: Any) -> str:
+    if isinstance(content, Mapping):
+        content = [{"": name, "value": _text(value)} for name, value in content.items()]
+    return diagnostics.markdown(content)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_text(x) for x in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def save(directory: Path, report: dict[str, Any]) -> Path:
+    """Write report.md, report.json and the figures; returns the path of the first."""
+    figures: dict[str, Any] = report.pop("figures")
+    directory.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        plots.save(figure, directory / f"{name}.png")
+    write(directory / "report.json", json.dumps(report, indent=1, default=str) + "\n")
+    write(directory / "report.md", markdown(report, list(figures)))
+    return directory / "report.md"
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    try:
+        directory = Path(sys.argv[1].removeprefix("run=")).expanduser()
+        path = save(directory / "diagnosis", diagnose(*load(directory, sys.argv[2:])))
+    except REFUSALS as error:
+        refuse(error)
+    print(path.read_text())
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
