@@ -203,6 +203,27 @@ def draw(rows: Sequence[Row], output: Path, metrics: Sequence[str]) -> Iterator[
         curves = _curves(rows, lambda row, at=(prefix, name): _step_curve(row, *at))
         title = f"{prefix}/steps/{name}"
         yield title, _save(plots.step_curve(curves, f"{prefix}/{name}"), output, title)
+    for name in metrics:
+        if against := _bits_curves(rows, name):
+            title = f"{name}/bits"
+            yield title, _save(plots.accuracy_against_bits(against, name), output, title)
+
+
+_BITS = "quantization.bits"
+
+
+def _bits_curves(rows: Sequence[Row], name: str) -> dict[str, tuple[list, list, list]]:
+    """Bits, means and half-widths, of the rows that the bits tell apart, by what else does."""
+    curves: dict[str, tuple[list, list, list]] = {}
+    for row in rows:
+        if row.labels.get(_BITS, "").isdecimal() and (value := measured(row, name)):
+            label = ", ".join(f"{k}={v}" for k, v in row.labels.items() if k != _BITS) or "kernels"
+            mean, ci95, _ = value[0]
+            for values, one in zip(
+                curves.setdefault(label, ([], [], [])), (int(row.labels[_BITS]), mean, ci95), strict=True
+            ):
+                values.append(np.nan if one is None else one)
+    return curves
 
 
 def _curves(rows: Iterable[Row], curve: Callable[[Row], tuple]) -> dict[str, tuple]:

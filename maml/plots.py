@@ -141,6 +141,20 @@ def spectra(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], width: float = 
     panel.set_yscale("log")
     panel.set_ylim(bottom=1e-5 / sigma)
     return _labelled(figure, panel, f"eigenvalue (bandwidth {sigma:.2g})", "density")
+def accuracy_against_bits(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
+    ylabel: str = "accuracy",
+) -> Figure:
+    """A metric of quantized models: (bits, means, half-widths of intervals) by label; bits stand evenly spaced, 32 is none."""
+    figure, (panel,) = _panels(1, 1, width=5.0, height=3.5)
+    places = sorted({bits for curve in curves.values() for bits in curve[0]})
+    for label, (bits, means, ci95) in curves.items():
+        order = np.argsort(bits)
+        at = [places.index(bits[i]) for i in order]
+        means, ci95 = np.asarray(means, np.float64)[order], np.nan_to_num(np.asarray(ci95, np.float64))[order]
+        panel.errorbar(at, means, ci95, label=label, marker="o", capsize=3)
+    panel.set_xticks(range(len(places)), [str(bits) for bits in places])
+    return _labelled(figure, panel, "bits", ylabel)
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -158,3 +158,13 @@ def test_figures_need_no_pyplot():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "True False\n", done.stderr
+
+
+def test_accuracy_against_bits_has_the_bits_in_order_and_evenly_spaced(tmp_path):
+    figure = plots.accuracy_against_bits(
+        {"a": ([32, 2, 8], [0.9, 0.3, 0.8], [0.01, np.nan, 0.02]), "b": ([8], [0.7], [0.1])}
+    )
+    (panel,) = figure.axes
+    assert [t.get_text() for t in panel.get_xticklabels()] == ["2", "8", "32"]
+    np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[0, 0.3], [1, 0.8], [2, 0.9]])
+    drawn(figure, tmp_path / "bits.png")

@@ -260,6 +260,24 @@ def test_learning_curve_of_steps_that_all_seeds_logged_and_null(tmp_path):
     made(tmp_path)  # and NaN is drawn without complaint
 
 
+def test_accuracy_against_bits_is_drawn_by_what_else_differs(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("maml.plots.accuracy_against_bits", lambda curves, name: drawn.update({name: curves}))
+    monkeypatch.setattr("maml.plots.save", lambda *_: None)
+    names = ("quantization.bits", "quantization.activations")
+    for i, (bits, activations) in enumerate([(8, None), (4, None), (8, 8), (4, 8)]):
+        quantization = {"quantization": {"bits": bits, "activations": activations}}
+        overrides = [f"{k}={v}" for k, v in zip(names, (bits, activations), strict=True)]
+        make_run(tmp_path / f"runs/{i}", 0, 0.9 + i / 100, 0.01 * (i + 1), overrides, config=quantization)
+    made(tmp_path, metrics=[STEP_1])
+    (curves,) = drawn.values()
+    assert list(drawn) == [STEP_1]
+    assert curves == {
+        "quantization.activations=None": ([8, 4], [0.9, 0.91], [0.01, 0.02]),
+        "quantization.activations=8": ([8, 4], [0.92, 0.93], [0.03, 0.04]),
+    }
+
+
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     def call(*arguments):

@@ -81,7 +81,7 @@ def _path(path: Any) -> str:
 
 
 def _share(flags: list[Array]) -> Array:
-    return sum(jnp.sum(x) for x in flags) / sum(x.size for x in flags)
+    return jnp.sum(jnp.stack([jnp.sum(x) for x in flags])) / sum(x.size for x in flags)
 
 
 def _log10(x):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -53,11 +54,8 @@ def uniform(
         return (_symmetric if symmetric else _asymmetric)(x, axis, low, high)
 
     def encode(x, key=None):
-        if stochastic and key is None:
-            raise ValueError("stochastic=True: the quantizer draws at each call; give quantizer(x, key)")
         step, zero = grid(x := wide(x))
-        steps = x / step
-        whole = jnp.floor(steps + jax.random.uniform(key, x.shape, x.dtype)) if stochastic else jnp.round(steps)
+        whole = _either_side(x / step, key) if stochastic else jnp.round(x / step)
         codes = jnp.clip(whole + zero.astype(x.dtype), low, high)
         return Codes(codes.astype(jnp.int8), step, zero)
 
@@ -106,6 +104,13 @@ def _asymmetric(x, axis, low, high):
     least, most = (jnp.minimum(jnp.min(x, over, keepdims=True), 0), jnp.maximum(jnp.max(x, over, keepdims=True), 0))
     step = divisible((most - least) / (high - low))
     return step, jnp.clip(jnp.round(low - least / step), low, high).astype(jnp.int32)
+
+
+def _either_side(steps, key):
+    """The whole number below or above, whose mean is `steps`."""
+    if key is None:
+        raise ValueError("stochastic=True: the quantizer draws at each call; give quantizer(x, key)")
+    return jnp.floor(steps + jax.random.uniform(key, steps.shape, steps.dtype))
 
 
 def divisible(size):

@@ -30,18 +30,18 @@ def on_grid(quantizer: Quantizer, applies: Callable | None = None, key: Any = No
         del params
         return jnp.zeros((), jnp.int32)
 
-    def update(updates, count, params=None):
+    def update(updates, state, params=None):
         if params is None:
             raise ValueError("params=None: on_grid needs them; call optimizer.update(updates, state, params)")
         leaves, structure = jax.tree.flatten(params)
         keys = [
-            None if key is None else jax.random.fold_in(jax.random.fold_in(key, count), i) for i in range(len(leaves))
+            None if key is None else jax.random.fold_in(jax.random.fold_in(key, state), i) for i in range(len(leaves))
         ]
 
         def land(update, x, key):
             return quantizer(x + update, key) - x if applies(x) else update
 
         landed = map(land, jax.tree.leaves(updates), leaves, keys)
-        return structure.unflatten(list(landed)), count + 1
+        return structure.unflatten(list(landed)), state + 1
 
     return optax.GradientTransformation(init, update)
