@@ -141,6 +141,8 @@ def spectra(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], width: float = 
     panel.set_yscale("log")
     panel.set_ylim(bottom=1e-5 / sigma)
     return _labelled(figure, panel, f"eigenvalue (bandwidth {sigma:.2g})", "density")
+
+
 def accuracy_against_bits(
     curves: Mapping[str, tuple[Sequence[int], Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
     ylabel: str = "accuracy",
