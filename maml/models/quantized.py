@@ -46,7 +46,9 @@ def quantize(
       ValueError: for a pattern that finds no kernel, with the paths, and for a layer that is quantized already.
     """
     model = nnx.clone(model)
-    found = {_path(path): module for path, module in nnx.iter_modules(model) if isinstance(module, tuple(_PRODUCTS))}
+    found: dict[str, Any] = {
+        _path(path): module for path, module in nnx.iter_modules(model) if isinstance(module, tuple(_PRODUCTS))
+    }
     chosen = {path: layer for path, layer in found.items() if re.search(layers, path)}
     if not chosen:
         raise ValueError(f"layers={layers!r}: finds no kernel; the paths are {', '.join(found) or 'none'}")
