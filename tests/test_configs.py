@@ -72,14 +72,6 @@ def synthetic(drawings, monkeypatch):
     monkeypatch.setattr(images, "tfds_images", lambda *_, **__: drawings)
 
 
-@pytest.fixture
-def _quick_compiler():
-    """Half the time: nothing here runs long."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def two_steps(*overrides: str):
     """Two meta-steps and a tiny evaluation, with narrow networks. Returns metrics by step, and those of the evaluation."""
     cfg = config(*overrides, *TINY)
@@ -192,7 +184,7 @@ def test_every_experiment_is_built(name):
         for algorithm in (("maml", "fomaml") if "omniglot" in n else (None,))
     ],
 )
-@pytest.mark.usefixtures("synthetic", "_quick_compiler")
+@pytest.mark.usefixtures("synthetic", "quick_compiler")
 def test_every_experiment_runs(name, overrides):
     logged, metrics = two_steps(f"experiment={name}", *overrides)
     assert list(logged) == [1, 2]
@@ -208,14 +200,14 @@ def tfds_dir() -> str:
 
 
 @pytest.mark.parametrize("name", [slow_if(n != "omniglot_5way_1shot_mlp", n) for n in EXPERIMENTS if "omniglot" in n])
-@pytest.mark.usefixtures("_quick_compiler")
+@pytest.mark.usefixtures("quick_compiler")
 def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
     logged, _ = two_steps(f"experiment={name}", f"task.data_dir={tfds_dir()}", f"+task.cache_dir={tmp_path}")
     assert list(logged) == [1, 2]
 
 
 @pytest.mark.parametrize("name", [slow_if(n == "conv4_max_pool", n) for n in NAMES["model"]])
-@pytest.mark.usefixtures("synthetic", "_quick_compiler")
+@pytest.mark.usefixtures("synthetic", "quick_compiler")
 def test_every_model_runs_inductively(name):
     two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")
 

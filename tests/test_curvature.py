@@ -41,6 +41,8 @@ from maml.objectives import query_loss
 from maml.types import Task
 from tests.helpers import Quadratic, gradient_descent, quadratic_loss, quadratics, random_like
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 KEY = jax.random.key(0)
 
 

@@ -14,6 +14,8 @@ from maml.tasks.splits import read_split
 from maml.types import as_argument
 from tests.programs import SMALL, compiling_once, config, main, metrics_bytes, restored, rows, summary
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ON = ("diagnostics.per_example.every=2", "diagnostics.per_example.tasks=3", "diagnostics.per_example.outliers=4")
 
 

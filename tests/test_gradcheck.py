@@ -22,6 +22,8 @@ from maml.objectives import query_loss
 from maml.types import Task
 from tests.programs import SMALL, compiling_once, main
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 KEY = jax.random.key(0)
 
 

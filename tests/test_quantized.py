@@ -20,6 +20,8 @@ from maml.types import Conditioned, Task
 from tests.helpers import central_difference, dot
 from tests.programs import SMALL, compiling_once, config, main, rows, summary
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 KEY = jax.random.key(0)
 KERNEL, INPUT = q.uniform(4, axis=-1), q.uniform(8, symmetric=False, axis=0)
 

@@ -1,0 +1,154 @@
+"""Curvature logged during training, and the report on a run: against dense Hessians and gradients taken here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import build, curvature, diagnose, pictures, run
+from maml.losses import mse, semi_gradient
+from maml.random import keys_for
+from tests.programs import SMALL, compiling_once, config, main, restored, rows, summary
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+ON = (
+    *("diagnostics.curvature.every=2", "diagnostics.curvature.tasks=3", "diagnostics.curvature.lanczos=30"),
+    *("algorithm.steps=2", "algorithm.step_size=0.1", "model.kernel_init.stddev=0.5"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiling_once(tmp_path_factory):
+    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *_: {})
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: {})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("done") / "run"
+    ended = main(*SMALL, *ON, f"hydra.run.dir={directory}")
+    assert ended.code == 0, ended.err
+    return directory
+
+
+@pytest.fixture(scope="module")
+def known(done):
+    """By hand at the last checkpoint: gradients by order, and the largest eigenvalues and first steps of the tasks."""
+    cfg = config(*SMALL, *ON)
+    learner, state = build.learner(cfg), restored(cfg, done).state
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", 4, 3))
+    flat, unravel = jax.flatten_util.ravel_pytree(state.params)
+    loss, gradients, eigenvalues, kappas = mse(learner.apply), {}, [], []
+    for name in ("reverse", "first_order"):
+        objective = build.build_objective(build.with_derivative(cfg, name), loss)
+
+        def mean(x, objective=objective):
+            each = [
+                objective(unravel(x), jax.tree.map(lambda t, i=i: t[i], tasks), jax.random.key(0), 0)[0]
+                for i in range(3)
+            ]
+            return jnp.stack(each).mean()
+
+        gradients[name] = np.asarray(jax.jit(jax.grad(mean))(flat), np.float64)
+    for i in range(3):
+        support = jax.tree.map(lambda t, i=i: t[i], tasks.support)
+
+        def f(x, support=support):
+            return loss(unravel(x), support, jax.random.key(0))[0]
+
+        matrix, g = (np.asarray(jax.jit(d(f))(flat), np.float64) for d in (jax.hessian, jax.grad))
+        eigenvalues.append(np.linalg.eigvalsh(matrix)[-1])
+        kappas.append(g @ matrix @ g / (g @ g))
+    return gradients, np.array(eigenvalues), np.array(kappas)
+
+
+def last(directory) -> dict:
+    found = [row for row in rows(directory) if "diagnostics/curvature/first_order_cosine" in row]
+    assert [row["step"] for row in found] == [2, 4]
+    return {k.removeprefix("diagnostics/curvature/"): v for k, v in found[-1].items()}
+
+
+def test_the_logged_numbers_are_those_of_dense_matrices(done, known):
+    gradients, eigenvalues, kappas = known
+    full, cut = gradients["reverse"], gradients["first_order"]
+    logged = last(done)
+    assert logged["stable_step_size_min"] == pytest.approx(2 / eigenvalues.max(), rel=1e-4)
+    assert logged["stable_step_size_median"] == pytest.approx(np.median(2 / eigenvalues), rel=1e-4)
+    assert logged["beyond_stable"] == pytest.approx((2 / eigenvalues < 0.1).mean())
+    assert logged["step_1/curvature"] == pytest.approx(kappas.mean(), rel=1e-3)
+    cosine = full @ cut / np.linalg.norm(full) / np.linalg.norm(cut)
+    assert cosine < 0.9999
+    assert logged["first_order_cosine"] == pytest.approx(cosine, rel=1e-4)
+    assert logged["first_order_norm_ratio"] == pytest.approx(np.linalg.norm(cut) / np.linalg.norm(full), rel=1e-4)
+
+
+def test_it_changes_no_bit_of_the_run(done, tmp_path):
+    run.run(config(*SMALL, *ON, "diagnostics.curvature.every=0", "logger=quiet"), tmp_path)
+    assert summary(tmp_path)["params_sha256"] == summary(done)["params_sha256"]
+
+
+def test_the_report_of_a_run(done, known):
+    gradients, eigenvalues, _ = known
+    ended = main(f"run={done}", "diagnostics.per_example.tasks=3", program=diagnose)
+    assert ended.code == 0, ended.err
+    text = (done / "diagnosis" / "report.md").read_text()
+    assert text in ended.out
+    report = json.loads((done / "diagnosis" / "report.json").read_text())
+    assert report["meta_step"] == 4
+    assert report["left_out"] == []
+    for name, (title, _) in diagnose.SECTIONS.items():
+        assert f"## {title}" in text
+        assert name in report
+    for name in ("spectra", "first_order", "path"):
+        assert f"![{name}]({name}.png)" in text
+        assert (done / "diagnosis" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["meta_step"] for row in report["first_order"]] == [2, 4]
+    assert report["first_order"][-1]["cosine"] == pytest.approx(last(done)["first_order_cosine"], rel=1e-5)
+    before = next(row for row in report["spectra"] if row["loss"] == "support/before")
+    assert before["largest"] == pytest.approx(eigenvalues.mean(), rel=1e-4)
+    np.testing.assert_allclose(report["stable_step_size"]["step_size"], 2 / eigenvalues, rtol=1e-4)
+    assert [row["step"] for row in report["path"]] == [1, 2]
+
+
+def test_what_the_report_refuses(done, tmp_path):
+    for arguments, message in (
+        ([f"run={tmp_path}"], "no checkpoint in"),
+        ([str(done), "trainer.steps=5"], "trainer.steps=5: give diagnostics"),
+        ([str(done), "diagnostics.curvature.task=5"], "diagnostics.curvature.task=5: give diagnostics"),
+    ):
+        ended = main(*arguments, program=diagnose)
+        assert ended.code == 2
+        assert message in ended.err
+        assert ended.err.count("\n") == 1
+
+
+def test_curvature_needs_an_inner_loop_that_follows_a_gradient(tmp_path):
+    ended = main(*SMALL, "algorithm=joint", "diagnostics.curvature.every=2", f"hydra.run.dir={tmp_path / 'joint'}")
+    assert ended.code == 2
+    assert "algorithm joint takes no inner steps; set every=0" in ended.err
+    cfg = config(*SMALL, "diagnostics.curvature.lanczos=10000")
+    learner = build.learner(cfg)
+    with pytest.raises(ValueError, match="k=10000: there are"):
+        curvature.callback(cfg, learner, [])
+    field = semi_gradient(lambda p, t, b, k: (jnp.zeros(()), {}))  # noqa: ARG005
+    with pytest.raises(ValueError, match="semi-gradient"):
+        curvature.measurement(cfg, learner.__class__(**{**vars(learner), "loss": field}))
+
+
+def test_a_report_leaves_out_what_there_is_not(tmp_path):
+    run.run(config(*SMALL, "algorithm=joint", "logger=quiet"), tmp_path)
+    cfg, learner, kept = diagnose.load(tmp_path, ["diagnostics.per_example.tasks=2"])
+    report = diagnose.diagnose(cfg, learner, kept)
+    assert "takes no inner steps" in report["left_out"][0]
+    assert "gradients" in report
+    assert "path" not in report
+    assert "Left out: diagnostics.curvature" in diagnose.markdown(report, [])
