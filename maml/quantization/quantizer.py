@@ -48,7 +48,7 @@ def straight_through(f: Callable, surrogate: Callable = identity) -> Callable:
 
     def through(x):
         with jax.named_scope("straight_through"):  # by which `gradcheck.frozen` knows these stops from others
-            y = surrogate(x)
+            y = surrogate(x := jnp.asarray(x))
             return lax.stop_gradient(f(lax.stop_gradient(x))) + (y - lax.stop_gradient(y))
 
     return through
