@@ -1,5 +1,7 @@
 """Quantizers: values, derivatives of every order against the frozen-residual program, what they did, integers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +64,7 @@ def test_no_value_is_off_the_grid_also_under_jit(scale):
     assert (len(np.unique(usual)) > 16) == (scale == 0.1)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("axis", [None, 0, -1])
+@pytest.mark.parametrize(("bits", "axis"), [(2, None), (4, 0), (8, -1)])
 def test_grids_found_from_x_are_those_of_numpy(bits, axis):
     x = np.random.default_rng(1).normal(size=(5, 7, 3)).astype(np.float32) + np.float32(0.5)
     over = tuple(i for i in range(3) if axis is None or i != axis % 3)
@@ -131,33 +132,28 @@ def surrogate(name: str, x):
 @pytest.mark.usefixtures("x64", "quick")
 @pytest.mark.parametrize("name", GRIDS)
 def test_derivatives_are_those_of_the_frozen_residual_program(name):
-    quantizer, x, weights = GRIDS[name], normal(2, 3, 4) * 1.2, normal(3, 3, 4)
-    residual = quantizer(x) - surrogate(name, x)[0]
+    """L(q) = (w·q)³/6 + Σq⁴/24 has gradient (w·q)²/2 w + q³/6 and Hessian (w·q) w wᵀ + diag(q²/2)."""
+    quantizer, x, w, along = GRIDS[name], normal(2, 3, 4) * 1.2, normal(3, 3, 4), normal(4, 3, 4)
 
-    def loss(y):
-        return jnp.sum(jnp.tanh(y * weights)) ** 2 + jnp.sum(y**3)
+    def loss(x):
+        y = quantizer(x)
+        return jnp.sum(w * y) ** 3 / 6 + jnp.sum(y**4) / 24
 
-    def real(x):
-        return loss(quantizer(x))
-
-    def frozen(x):
-        return loss(surrogate(name, x)[0] + residual)
-
-    along, slope = normal(4, 3, 4), np.asarray(surrogate(name, x)[1])
+    second = (jax.jacfwd, jax.jacrev) if name in ("clip", "asymmetric") else (jax.jacfwd,)
 
     @jax.jit
-    def everything(x):
-        second = [jax.jacfwd(jax.grad(real))(x), jax.jacrev(jax.grad(real))(x)]
-        of_loss = jax.grad(loss)(quantizer(x)), jax.hessian(loss)(quantizer(x))
-        return jax.grad(real)(x), second, jax.jvp(real, (x,), (along,))[1], of_loss
+    def derivatives(x):
+        return jax.grad(loss)(x), jax.jvp(loss, (x,), (along,))[1], [mode(jax.grad(loss))(x) for mode in second]
 
-    gradient, second, forward, (of_loss, dense) = jax.device_get(everything(x))
-    np.testing.assert_allclose(gradient, slope * of_loss, atol=1e-8)
-    dense = dense.reshape(12, 12) * slope.reshape(12, 1) * slope.reshape(1, 12)
-    for found in second:
+    gradient, forward, hessians = derivatives(x)
+    y, w, along, slope = (np.asarray(a).reshape(12) for a in (quantizer(x), w, along, surrogate(name, x)[1]))
+    expected = slope * ((w @ y) ** 2 / 2 * w + y**3 / 6)
+    np.testing.assert_allclose(gradient.reshape(12), expected, atol=1e-8)
+    assert float(forward) == pytest.approx(expected @ along, abs=1e-8)
+    dense = slope[:, None] * ((w @ y) * np.outer(w, w) + np.diag(y**2 / 2)) * slope
+    for found in hessians:
         np.testing.assert_allclose(found.reshape(12, 12), dense, atol=1e-8)
         np.testing.assert_allclose(found.reshape(12, 12), found.reshape(12, 12).T, atol=1e-12)
-    assert forward == pytest.approx(central_difference(jax.jit(frozen), x, along), abs=1e-7)
 
 
 @pytest.mark.usefixtures("x64", "quick")
@@ -222,18 +218,19 @@ def test_the_meta_gradient_is_the_central_difference_of_the_frozen_program(name)
         return jax.jit(lambda p: whole(p, Task(0.0, 0.0), KEY, 0)[0])
 
     path = jax.jit(lambda p: unroll(optax.sgd(alpha), steps)(loss, p, 0.0, KEY).trace.params)(params)
-    path = [params, *(jax.tree.map(lambda x, i=i: x[i], path) for i in range(steps))]
-    residuals = [jax.tree.map(lambda x: quantizer(x) - surrogate(name, x)[0], p) for p in path]
+    path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, path)
+    residuals = jax.jit(jax.vmap(partial(jax.tree.map, lambda x: quantizer(x) - surrogate(name, x)[0])))(path)
 
     @jax.jit
     def frozen(params):
-        def at(t, params):
-            return network(jax.tree.map(lambda p, c: surrogate(name, p)[0] + c, params, residuals[t]))
+        def at(params, residual):
+            return network(jax.tree.map(lambda p, c: surrogate(name, p)[0] + c, params, residual))
 
-        for t in range(steps):
-            gradient = jax.grad(at, 1)(t, params)
-            params = jax.tree.map(lambda p, g: p - alpha * g, params, gradient)
-        return at(steps, params)
+        def step(params, residual):
+            return jax.tree.map(lambda p, g: p - alpha * g, params, jax.grad(at)(params, residual)), None
+
+        params, _ = jax.lax.scan(step, params, jax.tree.map(lambda c: c[:-1], residuals))
+        return at(params, jax.tree.map(lambda c: c[-1], residuals))
 
     along = random_like(9, params)
     expected = central_difference(frozen, params, along)
@@ -373,14 +370,22 @@ def test_stochastic_storage_draws_at_each_step():
 def test_flips_clipped_and_noise_by_hand():
     before = {"kernel": jnp.array([[0.1, 0.7, -3.0, 1.75]]), "bias": jnp.array([0.3])}
     after = {"kernel": jnp.array([[0.1, 0.9, -9.0, 1.5]]), "bias": jnp.array([9.0])}
-    assert q.code_flips(before, after, QUARTER, "kernel") == 0.5  # codes 0, 3, -8, 7 and 0, 4, -8, 6
-    assert q.code_flips(before, after, QUARTER) == pytest.approx(0.6)
-    assert q.clipped_fraction(before, QUARTER, "kernel") == 0.25
-    assert q.clipped_fraction(normal(0, 50, 50, dtype=np.float32), q.uniform(3)) == 0
+
+    @jax.jit
+    def found(before, after, x):
+        flips = q.code_flips(before, after, QUARTER, "kernel"), q.code_flips(before, after, QUARTER)
+        clipped = q.clipped_fraction(before, QUARTER, "kernel"), q.clipped_fraction(x, q.uniform(3))
+        return *flips, *clipped, *(q.sqnr(tree, QUARTER, "") for tree in (before["kernel"], 0 * x, 0 * x + 1))
+
+    of_kernels, of_all, clipped, never, noise_of_kernels, *others = found(
+        before, after, normal(0, 9, 9, dtype=np.float32)
+    )
+    assert of_kernels == 0.5  # codes 0, 3, -8, 7 and 0, 4, -8, 6
+    assert of_all == pytest.approx(0.6)
+    assert (clipped, never) == (0.25, 0)
     signal, noise = 0.01 + 0.49 + 9 + 1.75**2, 0.01 + 0.0025 + 1
-    assert q.sqnr(before, QUARTER, "kernel") == pytest.approx(10 * np.log10(signal / noise), rel=1e-5)
-    for tree in (jnp.zeros(3), jnp.ones(3)):
-        assert np.isfinite(q.sqnr(tree, QUARTER))
+    assert noise_of_kernels == pytest.approx(10 * np.log10(signal / noise), rel=1e-5)
+    assert np.all(np.isfinite(others))
 
 
 def test_metrics_of_the_codes_in_the_trace():
@@ -414,16 +419,22 @@ def test_metrics_of_the_codes_in_the_trace():
 def test_integer_products_are_those_of_the_fake_quantized(symmetric):
     x, kernel = jax.nn.relu(normal(12, 9, 33, dtype=np.float32)), normal(13, 33, 5, dtype=np.float32)
     of_x, of_kernel = q.uniform(8, symmetric=False, axis=0), q.uniform(8, symmetric=symmetric, axis=-1)
-    codes, exported = jax.jit(of_x.encode)(x), q.export({"kernel": kernel, "bias": jnp.ones(5)}, of_kernel)
+
+    @jax.jit
+    def everything(x, kernel):
+        codes, exported = of_x.encode(x), q.export({"kernel": kernel, "bias": jnp.ones(5)}, of_kernel)
+        one_scale = q.integer_matmul(q.uniform(8).encode(x), q.uniform(4).encode(kernel))
+        products = q.integer_matmul(codes, exported["kernel"]), one_scale, q.uniform(8)(x) @ q.uniform(4)(kernel)
+        return dict(exported), of_x(x), of_kernel(kernel), q.decode(exported["kernel"]), products
+
+    exported, fake_x, fake_kernel, decoded, (found, one_scale, expected) = everything(x, kernel)
     assert exported["kernel"].codes.dtype == jnp.int8
     assert exported["kernel"].scale.shape == (1, 5)
     np.testing.assert_array_equal(exported["bias"], 1)
-    np.testing.assert_array_equal(q.decode(exported["kernel"]), of_kernel(kernel))
-    exact = np.asarray(of_x(x), np.float64) @ np.asarray(of_kernel(kernel), np.float64)
-    found = q.integer_matmul(codes, exported["kernel"])
+    np.testing.assert_array_equal(decoded, fake_kernel)
+    exact = np.asarray(fake_x, np.float64) @ np.asarray(fake_kernel, np.float64)
     assert np.abs(found - exact).max() <= 1e-6 * np.abs(exact).max()
-    grouped = q.integer_matmul(q.uniform(8).encode(x), q.uniform(4).encode(kernel))  # one scale each
-    np.testing.assert_allclose(grouped, q.uniform(8)(x) @ q.uniform(4)(kernel), atol=1e-5)
+    np.testing.assert_allclose(one_scale, expected, atol=1e-5)
 
 
 def test_integer_products_with_powers_of_two_are_exact():
