@@ -82,7 +82,8 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
         def mean(objective):
             return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
 
-        return Curvatures(*jax.lax.map(one, (tasks, keys)), first_order_comparison(mean(full), mean(cut), params))
+        path, stable = jax.lax.map(one, (tasks, keys))
+        return Curvatures(path, stable, first_order_comparison(mean(full), mean(cut), params))
 
     return measure
 

@@ -51,8 +51,14 @@ def adaptation_path(adapt: Adapt, loss: Loss, params: Params, support: Batch, ke
         value, gradient = jax.value_and_grad(f)(here)
         length, bend = dot(step, step), dot(step, hvp(f, here)(step))
         curvature = jnp.where(length > 0, bend / jnp.where(length > 0, length, 1), 0)
-        norms = (jnp.sqrt(dot(x, x)) for x in (gradient, step))
-        return Path(value, *norms, curvature, -dot(gradient, step) - bend / 2, value - f(there))
+        return Path(
+            loss=value,
+            gradient_norm=jnp.sqrt(dot(gradient, gradient)),
+            step_norm=jnp.sqrt(length),
+            curvature=curvature,
+            predicted=-dot(gradient, step) - bend / 2,
+            actual=value - f(there),
+        )
 
     return lax.map(one, (before, after, jax.random.split(key, count)))
 
@@ -123,10 +129,10 @@ def update_singular_values(
 def largest_update_singular_values(
     adapt: Adapt, loss: Loss, params: Params, support: Batch, key: Key, k: int, key_start: Key
 ) -> Float[Array, " k"]:
-    """The same from k Lanczos steps on JᵀJ, in descending order: the first are those of J. Needs `derivatives.reverse`."""
-    at, push = jax.linearize(lambda p: adapt(loss, p, support, key).params, params)
-    pull = jax.linear_transpose(push, params)
-    spectrum = lanczos(lambda v: pull(push(v))[0], at, k, key_start)
+    """The same from k Lanczos steps on JᵀJ, in descending order: the first are those of J."""
+    at, pull = jax.vjp(lambda p: adapt(loss, p, support, key).params, params)
+    push = jax.linear_transpose(lambda u: pull(u)[0], at)  # J v without forward mode, which `derivatives.mixed` has not
+    spectrum = lanczos(lambda v: pull(push(v)[0])[0], params, k, key_start)
     return jnp.sqrt(jnp.maximum(spectrum.values[::-1], 0))
 
 

@@ -91,7 +91,8 @@ def _tridiagonal(product: Callable, first: jax.Array, random: Callable, k: int):
 
 
 def _orthogonal(x: jax.Array, basis: jax.Array) -> jax.Array:
-    return x - (basis @ x) @ basis
+    shares = jnp.matmul(basis, x, precision="highest")  # orthogonality does not survive a GPU's short products
+    return x - jnp.matmul(shares, basis, precision="highest")
 
 
 def _unit(x: jax.Array) -> jax.Array:
