@@ -212,9 +212,11 @@ MODELS = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("model", "optimizer"),
-    [(model, "sgd") for model in MODELS]
-    + [("mlp", optimizer) for optimizer in ("momentum", "adam")]
-    + [pytest.param("conv_stride_mean", optimizer, marks=pytest.mark.slow) for optimizer in ("momentum", "adam")],
+    [("mlp", optimizer) for optimizer in ("sgd", "momentum", "adam")]
+    + [("conv_max_flatten", "sgd")]
+    + [
+        pytest.param("conv_stride_mean", optimizer, marks=pytest.mark.slow) for optimizer in ("sgd", "momentum", "adam")
+    ],
 )
 def test_meta_gradient_of_networks_is_the_central_difference(model, optimizer):
     """A difference of 1e-7 crosses no kink of ReLU or max at these seeds, or the test would fail."""
