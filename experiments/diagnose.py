@@ -35,8 +35,8 @@ def load(directory: Path, overrides: Sequence[str]) -> tuple[DictConfig, build.L
     Raises:
       ValueError: for a directory without checkpoints, and keys that are not of the diagnostics.
     """
-    newest = Checkpoints(directory / "checkpoints")
-    config = newest.config()
+    checkpoints = Checkpoints(directory / "checkpoints")
+    config = checkpoints.config()
     if config is None:
         raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
     defaults = OmegaConf.load(CONF / "config.yaml")
@@ -50,7 +50,9 @@ def load(directory: Path, overrides: Sequence[str]) -> tuple[DictConfig, build.L
     assert isinstance(cfg, DictConfig)
     learner = build.learner(cfg)
     template = train.begin(learner.state, learner.step, learner.sampler)
-    return cfg, learner, {step: newest.restore_at(step, template) for step in newest.steps()}
+    if not (kept := checkpoints.restore_all(template)):
+        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'} can be read; run it anew")
+    return cfg, learner, kept
 
 
 def diagnose(cfg: DictConfig, learner: build.Learner, kept: Mapping[int, train.Progress]) -> dict[str, Any]:

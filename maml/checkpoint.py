@@ -96,24 +96,31 @@ class Checkpoints:
           OtherTree: when the newest readable one has other leaves than the template; names them.
         """
         for step in reversed(self.steps()):
-            try:
-                return step, self._restore(step, template)
-            except OtherTree:
-                raise
-            except Exception as e:
-                self._damaged.add(step)
-                log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
+            if (tree := self._restore_if_whole(step, template)) is not None:
+                return step, tree
         if self.steps():
             raise Damaged(f"no checkpoint in {self.directory} can be read: delete it to start anew")
         return None
 
-    def restore_at(self, step: int, template) -> Any:
-        """The tree saved under `step`, shaped as `template`.
+    def restore_all(self, template) -> dict[int, Any]:
+        """Every readable checkpoint, oldest first: step -> tree shaped as `template`. Damaged ones are named in a warning.
 
         Raises:
-          ValueError: where it is damaged or of another structure.
+          OtherTree: when one has other leaves than the template; names them.
         """
-        return self._restore(step, template)
+        found = {step: self._restore_if_whole(step, template) for step in self.steps()}
+        return {step: tree for step, tree in found.items() if tree is not None}
+
+    def _restore_if_whole(self, step: int, template) -> Any:
+        """The tree, or None and a warning where it is damaged."""
+        try:
+            return self._restore(step, template)
+        except OtherTree:
+            raise
+        except Exception as e:
+            self._damaged.add(step)
+            log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
+            return None
 
     def close(self) -> None:
         if self._manager is not None:

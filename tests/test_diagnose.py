@@ -1,6 +1,7 @@
 """Curvature logged during training, and the report on a run: against dense Hessians and gradients taken here."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,16 @@ def test_the_report_of_a_run(done, known):
     assert before["largest"] == pytest.approx(eigenvalues.mean(), rel=1e-4)
     np.testing.assert_allclose(report["stable_step_size"]["step_size"], 2 / eigenvalues, rtol=1e-4)
     assert [row["step"] for row in report["path"]] == [1, 2]
+
+
+def test_a_damaged_checkpoint_is_left_out_of_the_report(done, tmp_path, caplog):
+    shutil.copytree(done, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "2").rglob("*"):
+        if path.is_file() and "meta" not in path.parts:
+            path.write_bytes(b"")
+    _, _, kept = diagnose.load(tmp_path / "run", [])
+    assert list(kept) == [4]
+    assert "damaged, skipped" in caplog.text
 
 
 def test_what_the_report_refuses(done, tmp_path):
