@@ -29,7 +29,7 @@ class Case:
       name, title: a letter, and what it is in words.
       network: "mlp" (widths are the hidden layers) or "conv" (widths are the filters of the 3×3 convolutions).
       input_shape: of one example; images are (height, width, channels).
-      pool, head: of `models.Conv4`; unused by an MLP.
+      pool, head: `pool` and `spatial` of `models.Conv4`; unused by an MLP.
       loss: "mse" or "cross_entropy".
       support, query: examples per task.
       tasks: per outer step.
@@ -59,7 +59,7 @@ class Case:
                 self.input_shape, self.outputs, hidden=self.widths, norm=norm, kernel_init=kernel_init, rngs=nnx.Rngs(0)
             )
         return models.Conv4(
-            self.input_shape, self.outputs, filters=self.widths[0], pool=self.pool, head=self.head, norm=norm,
+            self.input_shape, self.outputs, filters=self.widths[0], pool=self.pool, spatial=self.head, norm=norm,
             kernel_init=kernel_init, rngs=nnx.Rngs(0),
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ Arrays = Mapping[str, jax.Array]
 
 def forward(case: Case, params: Arrays, x: jax.Array) -> jax.Array:
     """The network of a case."""
-    kind, last = ("layers", f"layers/{len(case.widths)}") if case.network == "mlp" else ("convs", "linear")
+    kind = "layers" if case.network == "mlp" else "convs"
     x = x.reshape(len(x), -1) if case.network == "mlp" else x
     for i in range(len(case.widths)):
         x = _layer(case, x, params[f"{kind}/{i}/kernel"]) + params[f"{kind}/{i}/bias"]
@@ -28,7 +28,7 @@ def forward(case: Case, params: Arrays, x: jax.Array) -> jax.Array:
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     if case.network == "conv":
         x = x.mean((1, 2)) if case.head == "mean" else x.reshape(len(x), -1)
-    return x @ params[f"{last}/kernel"] + params[f"{last}/bias"]
+    return x @ params["head/kernel"] + params["head/bias"]
 
 
 def outer_step(case: Case, steps: int, order: str, optimizer: optax.GradientTransformation) -> Callable:

@@ -97,13 +97,13 @@ def from_torch(spec: Spec, tensors: Mapping[str, Tensor], like: Mapping[str, np.
 
 def _names(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """The library's names to torch's: convs/0/kernel -> body.layers.0.weight, norms/0/bias -> norms.0.bias."""
-    count = sum(k.startswith("convs/") and k.endswith("kernel") for k in arrays)
+    count = sum(k.startswith(("convs/", "layers/")) and k.endswith("kernel") for k in arrays)
 
     def name(key: str) -> str:
         *path, leaf = key.split("/")
         if path[0] == "norms":
             return f"norms.{path[1]}.bias"
-        index = count if path == ["linear"] else path[1]
+        index = count if path == ["head"] else path[1]
         return f"body.layers.{index}.{'weight' if leaf == 'kernel' else leaf}"
 
     return {key: name(key) for key in arrays}
@@ -119,7 +119,7 @@ def _kernel(spec: Spec, key: str, x: np.ndarray, back: tuple[int, ...] | None = 
         return x
     if x.ndim == 4:
         return x.transpose(3, 2, 0, 1) if back is None else x.transpose(2, 3, 1, 0)
-    if key == "linear/kernel" and spec["head"] == "flatten":
+    if key == "head/kernel" and spec["head"] == "flatten":
         n = spec["spatial"][-1]
         if back is None:
             return x.reshape(n, n, -1, x.shape[1]).transpose(3, 2, 0, 1).reshape(x.shape[1], -1)

@@ -1,7 +1,8 @@
 """Where configuration meets code: the one place that turns a composed config into the library's values."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from maml import train
 from maml.evaluate import Evaluator, Protocol, check_sizes, evaluator
+from maml.inner_loop import with_prototypes
 from maml.models import functional
 from maml.random import key_for
-from maml.types import Adapt, Apply, Loss, Objective, Params, Sampler
+from maml.types import Adapt, Apply, Loss, Objective, Params, Sampler, as_argument, initial
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Evaluation:
     steps: int = MISSING
     norm: str = MISSING
     seed: int = MISSING
-    step_size: float = MISSING
+    step_size: float | None = MISSING
+    prototypes: str | None = None
 
 
 @dataclass
@@ -131,10 +134,24 @@ def learner(cfg: DictConfig) -> Learner:
     apply, params = build_model(cfg, sampler, root)
     loss = instantiate(cfg.task.loss)(apply)
     objective = build_objective(cfg, loss)
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = instantiate(cfg.optimizer, _convert_="all")
     size, chunk = cfg.trainer.meta_batch, cfg.trainer.task_chunk
     step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
-    return Learner(apply, loss, sampler, step, train.init(params, optimizer, root))
+    with _fitting(cfg):
+        adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
+        state = train.init(initial(adapt, params, key_for(root, "init/inner")), optimizer, root)
+        jax.eval_shape(step, state, as_argument(sampler))
+    return Learner(apply, loss, sampler, step, state)
+
+
+@contextmanager
+def _fitting(cfg: DictConfig) -> Iterator[None]:
+    """Name algorithm and model where the one asks for what the other has not."""
+    try:
+        yield
+    except ValueError as error:
+        model = OmegaConf.select(cfg, "model._target_", default="?").removeprefix("maml.models.")
+        raise ValueError(f"algorithm {cfg.algorithm.name} does not fit model {model}: {error}") from error
 
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
@@ -197,12 +214,15 @@ def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
 
 
 def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
-    """The algorithm's inner loop at the protocol's steps and the evaluation's step size."""
+    """The algorithm's inner loop at the protocol's steps and the evaluation's step size, from prototypes if it says so."""
     cfg = cfg.copy()
     OmegaConf.set_readonly(cfg, False)
     step_size = cfg.evaluation.step_size
-    cfg.algorithm.steps, cfg.algorithm.step_size = protocol.steps, step_size
-    return instantiate(cfg.algorithm.adapt, _convert_="all")
+    cfg.algorithm.steps = protocol.steps
+    if "step_size" in cfg.algorithm:
+        cfg.algorithm.step_size = step_size
+    adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
+    return with_prototypes(adapt, protocol.prototypes) if protocol.prototypes else adapt
 
 
 def evaluation(cfg: DictConfig, learner: Learner, **changes: Any) -> tuple[Protocol, Evaluator]:
@@ -252,7 +272,8 @@ def check(cfg: DictConfig) -> None:
     for name in _POSITIVE:
         value = _value(cfg, name, 1)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(value, DictConfig) and not (number and value > 0):  # a mapping is a schedule
+        learned = name == "evaluation.step_size" and value is None and "step_size" not in cfg.algorithm
+        if not learned and not isinstance(value, DictConfig) and not (number and value > 0):  # a mapping is a schedule
             raise ValueError(f"{name}={value!r}: give a positive number")
     budget = _value(cfg, "trainer.memory_gb", None)
     if budget is not None and not budget > 0:
@@ -263,7 +284,11 @@ def check(cfg: DictConfig) -> None:
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
     ways = cfg.task.get("ways")
-    if cfg.evaluation.ways != ways:
+    head = "with_prototypes" in str(OmegaConf.select(cfg, "algorithm.adapt._target_")) or cfg.evaluation.get(
+        "prototypes"
+    )
+    fewer = head and cfg.evaluation.ways and ways and cfg.evaluation.ways < ways
+    if cfg.evaluation.ways != ways and not fewer:
         raise ValueError(f"evaluation.ways={cfg.evaluation.ways}: training has task.ways={ways}; make them equal")
 
 

@@ -76,8 +76,8 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
         def one(pair):
             task, key = pair
             path = adaptation_path(adapt, learner.loss, params, task.support, key)
-            product = moved_hessian(adapt, learner.loss, params, task, key, after=False)
-            return path, stable_step_size(product, params, settings.lanczos, key)
+            product, at = moved_hessian(adapt, learner.loss, params, task, key, after=False)
+            return path, stable_step_size(product, at, settings.lanczos, key)
 
         def mean(objective):
             return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
@@ -103,17 +103,19 @@ def inner_loop(cfg: DictConfig) -> Adapt:
 
 def moved_hessian(
     adapt: Adapt, loss: Loss, params: Params, task: Task, key: Any, *, after: bool, side: str = "support"
-) -> Callable[[Params], Params]:
-    """Products with the Hessian of the loss before or after adaptation, over the parameters that the inner loop moves."""
-    adapted = adapt(loss, params, task.support, key).params
-    moved = jax.tree.map(lambda a, b: jnp.any(a != b).astype(a.dtype), params, adapted)
-    product = hvp(of_loss(loss, getattr(task, side), key), adapted if after else params)
+) -> tuple[Callable[[Params], Params], Params]:
+    """Products with the Hessian of the loss before or after adaptation, over what the inner loop moves; and where."""
+    adapted, (path, _) = adapt(loss, params, task.support, key)
+    start = jax.tree.map(lambda x: x[0], path)
+    moved = jax.tree.map(lambda a, b: jnp.any(a != b).astype(a.dtype), start, adapted)
+    at = adapted if after else start
+    product = hvp(of_loss(loss, getattr(task, side), key), at)
 
     def over_moved(v):
         inside = product(jax.tree.map(jnp.multiply, moved, v))
         return jax.tree.map(jnp.multiply, moved, inside)
 
-    return over_moved
+    return over_moved, at
 
 
 def moved_spectra(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> dict[str, Spectrum]:
@@ -125,8 +127,8 @@ def moved_spectra(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: A
         found = {}
         for side in ("support", "query"):
             for when in ("before", "after"):
-                product = moved_hessian(adapt, loss, params, task, key, after=when == "after", side=side)
-                spectrum = lanczos(product, params, k, key_for(root, "diagnose/start"))
+                product, at = moved_hessian(adapt, loss, params, task, key, after=when == "after", side=side)
+                spectrum = lanczos(product, at, k, key_for(root, "diagnose/start"))
                 found[f"{side}/{when}"] = spectrum._replace(vectors=())
         return found
 
@@ -137,7 +139,7 @@ def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
     """The numbers that every logger gets: means over tasks."""
     stable, values = np.asarray(seen.stable.step_size), {}
     values |= {"stable_step_size_min": stable.min(), "stable_step_size_median": np.median(stable)}
-    if isinstance(size := cfg.algorithm.step_size, int | float):
+    if isinstance(size := cfg.algorithm.get("step_size"), int | float):
         values["beyond_stable"] = (stable < size).mean()
     for i in range(seen.path.loss.shape[1]):
         values |= {f"step_{i + 1}/{name}": np.mean(x[:, i]) for name, x in seen.path._asdict().items()}

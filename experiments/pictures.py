@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from omegaconf import DictConfig
 
@@ -73,8 +72,7 @@ def _adapted(cfg, learner, params, protocol, queries: int, tasks: int):
     keys = keys_for(jax.random.key(protocol.seed), "pictures", 0, tasks)
 
     def outputs(task, key):
-        trace = adapt(learner.loss, params, task.support, key).trace
-        path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, trace.params)
+        path = adapt(learner.loss, params, task.support, key).trace.params
         return jax.lax.map(lambda p: learner.apply(with_norm(p, task.support, protocol.norm), task.query[0]), path)
 
     drawn = sampler(keys)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from tqdm import tqdm
@@ -34,6 +33,8 @@ class Protocol:
       seed: of the draw of the tasks.
       task: the task distribution in words (data set, class split, rotations, ...).
       step_size: of the inner steps, where it is one number.
+      prototypes: "euclidean" or "cosine": the head is made from the support set first (`inner_loop.with_prototypes`): nearest
+        centroids, or NIL, with 0 steps. None: it is the one that was learned.
 
     Raises:
       ValueError: for sizes that are not positive, negative steps, an unknown norm.
@@ -49,6 +50,7 @@ class Protocol:
     seed: int = 0
     task: str = ""
     step_size: float | None = None
+    prototypes: str | None = None
 
     def __post_init__(self):
         for name in ("tasks", "shots", "queries"):
@@ -61,7 +63,12 @@ class Protocol:
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits that name the protocol."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = dataclasses.asdict(self)
+        if self.prototypes is None:
+            del values[
+                "prototypes"
+            ]  # a hash that was printed before there were prototypes is still that of its protocol
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -112,7 +119,7 @@ def check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, prot
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), task.support)
     key = jax.eval_shape(lambda: jax.random.key(0))
     trace = jax.eval_shape(lambda p, s, k: adapt(loss, p, s, k), params, one, key).trace
-    steps = jax.tree.leaves(trace.params)[0].shape[0]
+    steps = jax.tree.leaves(trace.params)[0].shape[0] - 1
     if steps != protocol.steps:
         raise ValueError(f"steps: the inner loop takes {steps} and the protocol has {protocol.steps}; make them equal")
 
@@ -122,5 +129,5 @@ def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol:
     key_task, key_adapt, key_query = jax.random.split(key, 3)
     task = jax.tree.map(lambda x: x[0], sampler(key_task[None]))
     adapted = adapt(loss, params, task.support, key_adapt)
-    path = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), params, adapted.trace.params)
+    path = adapted.trace.params
     return lax.map(lambda p: loss(with_norm(p, task.support, protocol.norm), task.query, key_query)[1], path)

@@ -1,7 +1,8 @@
 """Losses: each a factory from a forward function `apply(params, inputs)` to `loss(params, batch, key)`.
 
 A loss that is a mean over examples carries `loss.per_example(params, batch, key) -> [examples]`, whose mean it is, and
-`loss.batch_statistics`: whether the prediction of one example depends on the others (`maml.per_example` asks).
+`loss.batch_statistics`: whether the prediction of one example depends on the others (`maml.per_example` asks); and
+`loss.features(params, inputs)`, what the model's head sees, where `apply` has it (`inner_loop.with_prototypes` asks).
 """
 
 import re
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from maml.types import Apply, Batch, Conditioned, Key, Loss, Metrics, Params, Transitions
+from maml.types import Apply, Batch, Conditioned, Joint, Key, Loss, Metrics, Params, Transitions
 
 
 def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
@@ -22,9 +23,9 @@ def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
     Raises:
       ValueError: for parameters with a reference of batch norm and an `apply` that was not made by `models.functional`.
     """
-    if isinstance(params, Conditioned) and not getattr(apply, "takes_conditioned", False):
+    if isinstance(params, Conditioned | Joint) and not getattr(apply, "takes_conditioned", False):
         raise ValueError(
-            "norm='support' needs an apply from maml.models.functional: use norm='batch', or an NNX module"
+            "norm='support' or 'joint' needs an apply from maml.models.functional: use norm='batch', or an NNX module"
         )
     return jax.tree.map(_wide, apply(params, inputs))
 
@@ -90,8 +91,8 @@ def cross_entropy(apply: Apply) -> Loss:
 
 
 def _with_examples(loss: Any, per_example: Callable[[Params, Batch, Key], jax.Array], apply: Apply) -> Loss:
-    """The loss with what `maml.per_example` asks of it."""
-    loss.per_example = per_example
+    """The loss with what the rest of the library asks of it."""
+    loss.per_example, loss.features = per_example, getattr(apply, "features", None)
     loss.batch_statistics = getattr(apply, "batch_statistics", False)
     return loss
 

@@ -1,10 +1,15 @@
 """What is asked of the result of an inner loop: the outer problem, for one task."""
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
 
-from maml.types import Adapt, Batch, Conditioned, Loss, Metrics, Objective, Params
+from maml.types import Adapt, Adapted, Batch, Conditioned, Joint, Loss, Metrics, Objective, Params
 
-NORMS = ("batch", "support")
+NORMS = ("batch", "support", "joint")
 
 
 def query_loss(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objective:
@@ -12,7 +17,8 @@ def query_loss(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objective:
 
     Args:
       norm: whose statistics batch norm uses on the query set. "batch": those of the query set itself (transductive, as in
-        Finn's code); "support": those of the support set (inductive). Models without batch norm do not see the difference.
+        Finn's code); "support": those of the support set (inductive); "joint": of the support set and the one query example that
+        is predicted (inductive, Reptile's "no transduction"). Models without batch norm do not see the difference.
 
     The metrics are the loss's own under `query/...`, and under `support/...` those before the first inner step.
     """
@@ -24,10 +30,115 @@ def query_loss(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objective:
         adapted = adapt(loss, meta_params, task.support, key_adapt)
         params = with_norm(adapted.params, task.support, norm)
         value, metrics = loss(params, task.query, key_query)
-        before = {k: v[0] for k, v in adapted.trace.metrics.items() if v.shape[0]}
-        return value, _prefix("query", metrics) | _prefix("support", before)
+        return value, _prefix("query", metrics) | _before(adapted)
 
     return objective
+
+
+def multi_step_loss(
+    loss: Loss, adapt: Adapt, weights: Callable[[jax.Array], Float[Array, " steps"]], norm: str = "batch"
+) -> Objective:
+    """Σᵢ wᵢ · (query loss after inner step i), i = 1..k: MAML++'s multi-step loss (Antoniou et al. 2019, arXiv 1810.09502).
+
+    Args:
+      weights: of the meta-step: `annealed_weights`, or any function of it; (0, ..., 0, 1) is `query_loss`.
+      norm: as for `query_loss`.
+
+    The metrics are those of `query_loss`, after the last step.
+
+    Raises:
+      ValueError: when traced, for other than one weight for each inner step.
+    """
+    check_norm(norm)
+
+    def objective(meta_params, task, key, step):
+        key_adapt, key_query = jax.random.split(key)
+        adapted = adapt(loss, meta_params, task.support, key_adapt)
+        after = jax.tree.map(lambda x: x[1:], adapted.trace.params)
+        of_steps = weights(step)
+        if of_steps.shape != (steps := len(jax.tree.leaves(after)[0]),):
+            raise ValueError(f"weights has shape {of_steps.shape}: give one for each of the {steps} inner steps")
+        values, metrics = lax.map(lambda p: loss(with_norm(p, task.support, norm), task.query, key_query), after)
+        last = {name: x[-1] for name, x in metrics.items()}
+        return jnp.sum(of_steps * values), _prefix("query", last) | _before(adapted)
+
+    return objective
+
+
+def annealed_weights(steps: int, until: int, least: float = 0.03) -> Callable[[jax.Array], Float[Array, " steps"]]:
+    """MAML++'s weights: 1/k each at meta-step 0, moving linearly to the last step alone until meta-step `until`.
+
+    As in the authors' code each step before the last keeps least/k. (There an epoch of 500 meta-steps has one value; here each
+    meta-step has its own.) From `until` on the last step counts alone, which is a jump, there too.
+
+    Raises:
+      ValueError: for fewer than one step, and a negative `until`.
+    """
+    if steps < 1 or until < 0:
+        raise ValueError(f"steps={steps}, until={until}: give 1 inner step or more, and meta-steps, 0 or more")
+
+    def weights(step):
+        share = step / max(until, 1)
+        early = jnp.maximum((1 - share) / steps, least / steps)
+        last = jnp.minimum((1 + share * (steps - 1)) / steps, 1 - (steps - 1) * least / steps)
+        annealing = jnp.full(steps, early).at[-1].set(last)
+        return jnp.where(step < until, annealing, jnp.zeros(steps).at[-1].set(1.0))
+
+    return weights
+
+
+def switched(until: int, before: Objective, after: Objective) -> Objective:
+    """One objective before a meta-step, another from it on; only the one that counts is computed (where tasks share the step).
+
+    MAML++'s derivative-order annealing is `switched(until, query_loss(loss, first_order_loop), query_loss(loss, loop))`
+    (arXiv 1810.09502, section 4). Both report the same metrics.
+    """
+
+    def objective(meta_params, task, key, step):
+        return lax.cond(step < until, before, after, meta_params, task, key, step)
+
+    return objective
+
+
+def annealed(
+    loss: Loss, adapt: Adapt, until: int, before: Callable, after: Callable, early: Adapt | None = None
+) -> Objective:
+    """`switched` as a configuration has it: objectives of (loss, adapt), and the inner loop that `before` has, if another."""
+    return switched(until, before(loss, early or adapt), after(loss, adapt))
+
+
+def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objective:
+    """½ |θ - θ'|² with θ' the adapted parameters, taken as constants: its gradient is θ - θ', Reptile's update.
+
+    Nichol et al. 2018 (arXiv 1803.02999), Algorithm 2; the outer optimizer is SGD with the outer step size ε. Inner loops may
+    be of any length, for none of their steps is differentiated. Where an inner loop carries more than parameters from
+    task to task (`inner_loop.carried_state`) the distance is that of all it carries.
+
+    The metrics are those of `query_loss`; the query set takes no part in the update.
+    """
+    check_norm(norm)
+
+    def objective(meta_params, task, key, step):
+        del step
+        key_adapt, key_query = jax.random.split(key)
+        adapted = adapt(loss, meta_params, task.support, key_adapt)
+        carried = getattr(adapt, "carried", None)
+        end = carried(loss, meta_params, task.support, key_adapt) if carried else adapted.params
+        if jax.tree.structure(end) != jax.tree.structure(meta_params):
+            raise ValueError(
+                "parameter_distance: this inner loop has parameters of its own, which no distance moves (learned step sizes, "
+                "low_rank); use query_loss, or inner_loop.carried_state"
+            )
+        value = sum(jnp.sum(jnp.square(x - lax.stop_gradient(y))) for x, y in _pairs(meta_params, end)) / 2
+        params = lax.stop_gradient(with_norm(adapted.params, task.support, norm))
+        _, metrics = loss(params, task.query, key_query)
+        return value, _prefix("query", metrics) | _before(adapted)
+
+    return objective
+
+
+def _pairs(one: Params, other: Params) -> zip:
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
 
 
 def check_norm(norm: str) -> None:
@@ -37,7 +148,12 @@ def check_norm(norm: str) -> None:
 
 def with_norm(params: Params, support: Batch, norm: str) -> Params:
     """The parameters as they meet the query set: as they are, or with the support inputs as reference of batch norm."""
-    return params if norm == "batch" else Conditioned(params, support[0])
+    return {"batch": lambda p, _: p, "support": Conditioned, "joint": Joint}[norm](params, support[0])
+
+
+def _before(adapted: Adapted) -> dict[str, jax.Array]:
+    """The metrics of the support set before the first step."""
+    return _prefix("support", {k: v[0] for k, v in adapted.trace.metrics.items() if v.shape[0]})
 
 
 def _prefix(name: str, metrics: Metrics) -> dict[str, jax.Array]:

@@ -44,10 +44,10 @@ class Transitions(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What happened in the inner loop; the leading axis of every leaf is `steps`.
+    """What happened in the inner loop of k steps.
 
-    `params` are those after steps 1..k, `metrics` the loss's metrics on the support set before steps 1..k.
-    Outputs that nobody reads are removed by the compiler, so the record costs nothing where it is not used.
+    `params` are those before the first step and after steps 1..k, leaves [k + 1, ...]; `metrics` the loss's metrics on the
+    support set before steps 1..k, leaves [k]. The compiler removes what nobody reads: the record is free where it is not used.
     """
 
     params: Params
@@ -61,6 +61,25 @@ class Adapted(NamedTuple):
     trace: Trace
 
 
+class MetaParams(NamedTuple):
+    """What the outer optimizer moves where an inner loop has parameters of its own: the model's, and those (step sizes, ...).
+
+    Such an `Adapt` takes it in place of plain parameters, and makes it from them: `adapt.init(params, key)`. What comes out of
+    the inner loop are plain parameters of the model.
+    """
+
+    params: Params
+    inner: PyTree
+
+
+class Indexed(NamedTuple):
+    """A support set as a loss with `loss.indexed` meets it in an inner step: with the number of the step, and the task's key."""
+
+    batch: Batch
+    step: jax.Array
+    key: Key
+
+
 class Conditioned(NamedTuple):
     """Parameters together with the inputs whose batch statistics normalise whatever they are applied to.
 
@@ -68,6 +87,13 @@ class Conditioned(NamedTuple):
     `reference` predictions are *inductive*: each query example is predicted alone, so that none can change another's.
     Plain parameters are *transductive*: batch norm uses the statistics of the batch at hand.
     """
+
+    params: Params
+    reference: PyTree
+
+
+class Joint(NamedTuple):
+    """As `Conditioned`, but each input is normalised in one batch with the reference: Reptile's "no transduction"."""
 
     params: Params
     reference: PyTree
@@ -96,6 +122,19 @@ class Adapt(Protocol):
     """The inner loop, for one task."""
 
     def __call__(self, loss: Loss, params: Params, support: Batch, key: Key, /) -> Adapted: ...
+
+
+def initial(adapt: Adapt, params: Params, key: Key) -> Params:
+    """The meta-parameters of an inner loop on a model's parameters: these, or what the loop makes of them (`MetaParams`)."""
+    make = getattr(adapt, "init", None)
+    return make(params, key) if make else params
+
+
+def roles(meta_params: Params) -> Params:
+    """Labels for `optax.partition`: "params" on the model's parameters, "inner" on what an inner loop adds to them."""
+    if not isinstance(meta_params, MetaParams):
+        return jax.tree.map(lambda _: "params", meta_params)
+    return MetaParams(*(jax.tree.map(lambda _, role=r: role, getattr(meta_params, r)) for r in MetaParams._fields))
 
 
 @runtime_checkable

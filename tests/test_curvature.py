@@ -104,14 +104,14 @@ def test_rows_and_blocks_have_names():
         return sum((i + 1) * jnp.sum(x**2) for i, x in enumerate(curvature.paths(params).values())) / 2
 
     matrix = hessian(f, params)
-    assert list(leaves) == ["layers/0/bias", "layers/0/kernel", "layers/1/bias", "layers/1/kernel"]
-    assert matrix.labels[:2] == ["layers/0/bias[0]", "layers/0/bias[1]"]
+    assert list(leaves) == ["head/bias", "head/kernel", "layers/0/bias", "layers/0/kernel"]
+    assert matrix.labels[:2] == ["head/bias[0]", "head/bias[1]"]
     assert len(matrix.labels) == len(matrix.values) == 6 + 18 + 4 + 24
-    np.testing.assert_array_equal(matrix.block("0/kernel"), 2 * np.eye(18))
-    np.testing.assert_array_equal(matrix.block("layers/1"), np.diag([3.0] * 4 + [4.0] * 24))
+    np.testing.assert_array_equal(matrix.block("0/kernel"), 4 * np.eye(18))
+    np.testing.assert_array_equal(matrix.block("head"), np.diag([1.0] * 4 + [2.0] * 24))
     assert matrix.block("0/kernel", "bias").shape == (18, 10)
     assert curvature.hessian(f, params).labels == matrix.labels
-    with pytest.raises(ValueError, match="'conv' matches no parameter; the paths are layers/0/bias, "):
+    with pytest.raises(ValueError, match="'conv' matches no parameter; the paths are head/bias, "):
         matrix.block("conv")
 
 

@@ -91,7 +91,7 @@ def some(kind, *arguments, **kwargs):
 
 def conv4():
     norm, init = partial(nnx.BatchNorm, epsilon=1e-3), nnx.initializers.glorot_uniform()
-    return some(Conv4, (16, 16, 1), 2, filters=2, pool="max", head="flatten", norm=norm, kernel_init=init)
+    return some(Conv4, (16, 16, 1), 2, filters=2, pool="max", spatial="flatten", norm=norm, kernel_init=init)
 
 
 MODELS = {

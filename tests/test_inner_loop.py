@@ -51,7 +51,7 @@ def test_gradient_descent_on_a_quadratic_is_its_closed_form(steps):
         gradient_descent(Quadratic(*map(np.asarray, support)), np.arange(4.0), 0.3, k)[0] for k in range(steps + 1)
     ]
     np.testing.assert_allclose(adapted.params, expected[-1], atol=1e-12)
-    np.testing.assert_allclose(adapted.trace.params, np.array(expected[1:]).reshape(steps, 4), atol=1e-12)
+    np.testing.assert_allclose(adapted.trace.params, np.array(expected), atol=1e-12)
     losses = [quadratic_loss(jnp.asarray(p), support, KEY)[0] for p in expected[:-1]]
     np.testing.assert_allclose(adapted.trace.metrics["loss"], np.array(losses), atol=1e-12)
 
@@ -111,7 +111,7 @@ def test_the_trajectory_is_that_of_optax(name):
         grads = gradient(params, batch, KEY)[0]
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        at = jax.tree.map(lambda x, i=i: x[i], adapted.trace.params)
+        at = jax.tree.map(lambda x, i=i: x[i + 1], adapted.trace.params)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-7), at, params)
 
 
@@ -202,7 +202,7 @@ MODELS = {
         3,
         filters=4,
         pool="max",
-        head="flatten",
+        spatial="flatten",
         norm=partial(nnx.BatchNorm, epsilon=1e-3),
         **small(),
     ),
@@ -270,7 +270,7 @@ def test_only_moves_what_it_selects_and_differentiates_the_rest():
     adapt = only(where, unroll(optax.sgd(0.1), 3))
     adapted = adapt(loss, params, jnp.float32(1.0), KEY)
     np.testing.assert_array_equal(adapted.params["body"]["w"], params["body"]["w"])
-    np.testing.assert_array_equal(adapted.trace.params["body"]["w"], np.tile([1.0, 2.0], (3, 1)))
+    np.testing.assert_array_equal(adapted.trace.params["body"]["w"], np.tile([1.0, 2.0], (4, 1)))
     np.testing.assert_allclose(adapted.params["head"][0], 3.0 - 3 * 0.1 * 5.0, rtol=1e-6)
     assert seen == [("body", "w"), ("head", 0)]
     grads = jax.grad(lambda p: adapt(loss, p, jnp.float32(1.0), KEY).params["head"][0].sum())(params)
@@ -341,7 +341,7 @@ def test_a_target_network_is_state_and_its_meta_gradient_is_that_of_the_program(
     for mode in ((reverse,), (mixed,), (mixed, 2)):
         of = jax.jit(jax.grad(ours(*mode), (0, 1, 2), has_aux=True), compiler_options=QUICK)
         grads, path = of(*arguments)
-        np.testing.assert_allclose(path, program(arguments), rtol=1e-12)
+        np.testing.assert_allclose(path[1:], program(arguments), rtol=1e-12)
         assert dot(grads, along) == pytest.approx(slope, rel=1e-7)
     if rate == period == 1:
         plain = unroll(optax.sgd(0.3), 6)(td0(curved, 0.9), theta, batch, KEY)
@@ -362,7 +362,7 @@ def test_a_target_network_keeps_the_optimizers_state_and_the_type_of_the_paramet
         updates, state = optimizer.update({"a": 2 * (by_hand["a"] - 0.5)}, state, by_hand)
         by_hand = optax.apply_updates(by_hand, updates)
     np.testing.assert_allclose(adapted.params["a"], by_hand["a"], rtol=1e-5)
-    assert adapted.trace.params["a"].shape == (4, 2)
+    assert adapted.trace.params["a"].shape == (5, 2)
 
 
 @pytest.mark.parametrize(

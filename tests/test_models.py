@@ -31,10 +31,10 @@ def count(model) -> int:
         (lambda r: Conv4((28, 28, 1), 5, norm=offset, rngs=r), 111_749 + 256),
         (lambda r: Conv4((28, 28, 1), 20, norm=offset, rngs=r), 112_724 + 256),
         (
-            lambda r: Conv4((84, 84, 3), 5, filters=32, pool="max", head="flatten", norm=offset, rngs=r),
+            lambda r: Conv4((84, 84, 3), 5, filters=32, pool="max", spatial="flatten", norm=offset, rngs=r),
             32_773,
         ),
-        (lambda r: Conv4((28, 28, 1), 5, head="flatten", rngs=r), 111_749 + 5 * 192),
+        (lambda r: Conv4((28, 28, 1), 5, spatial="flatten", rngs=r), 111_749 + 5 * 192),
     ],
 )
 def test_parameter_counts_are_those_of_the_papers(model, size):
@@ -94,7 +94,7 @@ def models(norm):
             rngs=nnx.Rngs(0),
         ),
         "conv": Conv4((16, 16, 1), 3, filters=8, norm=norm, rngs=nnx.Rngs(0)),
-        "conv_max": Conv4((16, 16, 1), 3, filters=8, pool="max", head="flatten", norm=norm, rngs=nnx.Rngs(0)),
+        "conv_max": Conv4((16, 16, 1), 3, filters=8, pool="max", spatial="flatten", norm=norm, rngs=nnx.Rngs(0)),
     }
 
 
@@ -153,7 +153,7 @@ def test_the_module_is_left_as_it_was():
 
 
 def test_conv4_refuses_what_it_cannot_be():
-    for kwargs in ({"pool": "average"}, {"head": "sum"}):
+    for kwargs in ({"pool": "average"}, {"spatial": "sum"}):
         with pytest.raises(ValueError, match="pool is stride or max"):
             Conv4((28, 28, 1), 5, rngs=nnx.Rngs(0), **kwargs)
     with pytest.raises(ValueError, match="too small"):

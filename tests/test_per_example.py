@@ -255,7 +255,7 @@ def test_layers_are_named_as_in_the_model():
     with jax.enable_x64(True):
         loss, params, task = line(offset)
         _, gradients = per_example_gradients(loss, params, task.support, KEY)
-        assert set(statistics(gradients).gsnr) == {"layers/0", "layers/1", "norms/0"}
+        assert set(statistics(gradients).gsnr) == {"head", "layers/0", "norms/0"}
         assert set(statistics(jnp.ones((2, 3))).gsnr) == {"params"}
 
 

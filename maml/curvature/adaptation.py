@@ -40,8 +40,8 @@ def adaptation_path(adapt: Adapt, loss: Loss, params: Params, support: Batch, ke
       ValueError: for a semi-gradient, whose field has no Hessian.
     """
     of_loss(loss, support, key)
-    after = adapt(loss, params, support, key).trace.params
-    before = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs])[:-1], params, after)
+    path = adapt(loss, params, support, key).trace.params
+    before, after = (jax.tree.map(lambda x, part=part: x[part], path) for part in (slice(-1), slice(1, None)))
     count = len(jax.tree.leaves(after)[0])
 
     def one(each):
@@ -97,11 +97,12 @@ def stable_step_size(matvec: Matvec, like: Params, k: int, key: Key, momentum: f
 def spectra(adapt: Adapt, loss: Loss, params: Params, task: Task, key: Key, k: int) -> dict[str, Spectrum]:
     """Spectra of the Hessian: "support/before", "support/after" adaptation, and "query/..."."""
     key_adapt, key_loss, key_start = jax.random.split(key, 3)
-    adapted = adapt(loss, params, task.support, key_adapt).params
+    adapted, (path, _) = adapt(loss, params, task.support, key_adapt)
+    start = jax.tree.map(lambda x: x[0], path)
     return {
         f"{side}/{when}": lanczos(hvp(of_loss(loss, batch, key_loss), at), at, k, key_start)
         for side, batch in task._asdict().items()
-        for when, at in (("before", params), ("after", adapted))
+        for when, at in (("before", start), ("after", adapted))
     }
 
 

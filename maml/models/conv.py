@@ -15,17 +15,20 @@ class Conv4(nnx.Module):
     """Four blocks of 3×3 convolution, norm, activation and, with `pool="max"`, 2×2 max-pool; then a linear head.
 
     Names that papers share for different networks (input_shape (height, width, channels)):
-      Finn et al. 2017, Omniglot: filters=64, pool="stride", head="mean" (111,749 parameters + offsets at 5 ways);
-      Reptile, iMAML, Omniglot: filters=64, pool="stride", head="flatten";
-      Finn et al. 2017, mini-ImageNet: filters=32, pool="max", head="flatten"; MAML++ 48, ProtoNet 64 filters.
+      Finn et al. 2017, Omniglot: filters=64, pool="stride", spatial="mean" (111,749 parameters + offsets at 5 ways);
+      Reptile, iMAML, Omniglot: filters=64, pool="stride", spatial="flatten";
+      Finn et al. 2017, mini-ImageNet: filters=32, pool="max", spatial="flatten"; MAML++ 48, ProtoNet 64 filters.
 
     Args:
       pool: "stride": the convolutions have stride 2; "max": stride 1 and max-pool (VALID: odd borders are cut).
-      head: "mean": the mean over space goes to the linear head; "flatten": all features do.
+      spatial: "mean": the mean over space goes to the linear head; "flatten": all features do.
+      context: so many parameters that start at zero, of which a linear layer makes factors and offsets of the third
+        convolution's (normalised) features: x (1 + γ) + β, CAVIA's FiLM (Zintgraf et al. 2019, arXiv 1810.03642, section 3.2 and
+        appendix; there x γ + β).
       norm: (features, rngs=) -> module, such as `partial(nnx.BatchNorm, use_scale=False)`, or None.
 
     Raises:
-      ValueError: for other values of pool and head, or images too small for four halvings.
+      ValueError: for other values of pool and spatial, or images too small for four halvings.
     """
 
     def __init__(
@@ -35,15 +38,16 @@ class Conv4(nnx.Module):
         *,
         filters: int = 64,
         pool: str = "stride",
-        head: str = "mean",
+        spatial: str = "mean",
         norm: Callable | None = None,
         activation: Callable = nnx.relu,
         kernel_init: Callable = nnx.initializers.glorot_uniform(),
         head_init: Callable = nnx.initializers.glorot_uniform(),
+        context: int = 0,
         rngs: nnx.Rngs,
     ):
-        if pool not in ("stride", "max") or head not in ("mean", "flatten"):
-            raise ValueError(f"pool={pool!r}, head={head!r}: pool is stride or max, head mean or flatten")
+        if pool not in ("stride", "max") or spatial not in ("mean", "flatten"):
+            raise ValueError(f"pool={pool!r}, spatial={spatial!r}: pool is stride or max, spatial mean or flatten")
         if len(input_shape) != 3:
             raise ValueError(f"input_shape={tuple(input_shape)}: Conv4 takes images (height, width, channels)")
         height, width, channels = input_shape
@@ -51,7 +55,7 @@ class Conv4(nnx.Module):
             height, width = (-(-n // 2) if pool == "stride" else n // 2 for n in (height, width))
         if min(height, width) < 1:
             raise ValueError(f"input_shape={tuple(input_shape)}: too small for four halvings")
-        self.pool, self.head, self.activation = pool, head, activation
+        self.pool, self.spatial, self.activation = pool, spatial, activation
         self.convs = nnx.List(
             nnx.Conv(
                 n, filters, (3, 3), strides=2 if pool == "stride" else 1, padding="SAME",
@@ -65,21 +69,29 @@ class Conv4(nnx.Module):
                 conv.use_bias = (
                     False  # its bias stays a parameter, and need not be added: (x + b) - mean(x + b) = x - mean(x)
                 )
-        features = filters * (height * width if head == "flatten" else 1)
-        self.linear = nnx.Linear(features, outputs, kernel_init=head_init, rngs=rngs)
+        features = filters * (height * width if spatial == "flatten" else 1)
+        self.head = nnx.Linear(features, outputs, kernel_init=head_init, rngs=rngs)
+        self.context = nnx.Param(jnp.zeros(context)) if context else None
+        self.film = nnx.Linear(context, 2 * filters, rngs=rngs) if context else None
 
-    def __call__(self, inputs):
+    def features(self, inputs):
+        """What the head sees, [batch, features]."""
         x = inputs
         for i, conv in enumerate(self.convs):
             x = self.norms[i](conv(x)) if self.norms else conv(x)
+            if self.film and self.context is not None and i == 2:
+                factor, offset = jnp.split(self.film(self.context[...]), 2)
+                x = x * (1 + factor) + offset
             if self.pool == "stride":
                 x = self.activation(x)
             elif self.activation is nnx.relu:  # increasing, so it may come after the maximum: a quarter of the work
                 x = self.activation(_max_pool(x))
             else:
                 x = _max_pool(self.activation(x))
-        x = x.mean((1, 2)) if self.head == "mean" else x.reshape(x.shape[0], -1)
-        return self.linear(x)
+        return x.mean((1, 2)) if self.spatial == "mean" else x.reshape(x.shape[0], -1)
+
+    def __call__(self, inputs):
+        return self.head(self.features(inputs))
 
 
 @jax.custom_jvp

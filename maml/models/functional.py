@@ -1,11 +1,13 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from maml.types import Apply, Conditioned, Params
+from maml.types import Apply, Conditioned, Joint, Params
 
 
 def functional(model: nnx.Module) -> tuple[Apply, Params]:
@@ -13,8 +15,10 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
 
     Batch norm is transductive where `params` are plain: the statistics are those of the inputs at hand, and no running
     average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
-    every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit.
-    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm.
+    every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit; with
+    `Joint` in one batch with the reference inputs.
+    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm. Its method `features`, if any,
+    is `apply.features(params, inputs)`: what its head sees.
 
     Raises:
       ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
@@ -34,18 +38,28 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
             "drawn at each call, or write a loss that hands its key to the module"
         )
 
-    def apply(params, inputs):
-        state = _fresh(rest, params)
-        if not isinstance(params, Conditioned):
-            return nnx.merge(graphdef, params, state)(inputs)
-        model = nnx.merge(graphdef, params.params, state)
-        model(params.reference)
-        model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
-        settled, state = nnx.split(model)
-        return lax.map(lambda x: nnx.merge(settled, state)(x[None])[0], inputs)
+    def pure(method: Callable) -> Apply:
+        def apply(params, inputs):
+            state = _fresh(rest, params)
+            if not isinstance(params, Conditioned | Joint):
+                return method(nnx.merge(graphdef, params, state), inputs)
+            model, reference = nnx.merge(graphdef, params.params, state), params.reference
+            if isinstance(params, Joint):
+                moving, state = nnx.split(model)
+                together = lambda x: jnp.concatenate([reference, x[None]])  # noqa: E731
+                return lax.map(lambda x: method(nnx.merge(moving, state), together(x))[-1], inputs)
+            model(reference)
+            model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
+            settled, state = nnx.split(model)
+            return lax.map(lambda x: method(nnx.merge(settled, state), x[None])[0], inputs)
 
+        return apply
+
+    apply = pure(lambda model, inputs: model(inputs))
     apply.takes_conditioned = True
     apply.batch_statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_graph(model))
+    if callable(getattr(model, "features", None)):
+        apply.features = pure(lambda model, inputs: model.features(inputs))
     return apply, params
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from maml.quantization.grids import wide
 from maml.quantization.quantizer import Quantizer, decode
-from maml.types import Adapt, Adapted, Params, Trace
+from maml.types import Adapt, Adapted, Params, Trace, initial
 
 
 def code_flips(before: Params, after: Params, quantizer: Quantizer, where: str = "") -> Float[Array, ""]:
@@ -48,12 +48,12 @@ def with_code_metrics(adapt: Adapt, quantizer: Quantizer, where: str = "kernel")
     """The same inner loop, whose trace has metrics of the codes too: objectives report those of the first step as `support/...`.
 
     `code_flips`: share of codes that each step changes; `clipped` and `sqnr` (dB): of the parameters before each step. The
-    quantizer is only for looking, and rounds to nearest. Outermost: inside of `only` parameters have no paths.
+    quantizer is only for looking, and rounds to nearest.
     """
 
     def watched(loss, params, support, key) -> Adapted:
         adapted, trace = adapt(loss, params, support, key)
-        path = jax.tree.map(lambda x, xs: lax.stop_gradient(jnp.concatenate([x[None], xs])), params, trace.params)
+        path = lax.stop_gradient(trace.params)
         before, after = jax.tree.map(lambda x: x[:-1], path), jax.tree.map(lambda x: x[1:], path)
 
         def metrics(before, after):
@@ -63,6 +63,7 @@ def with_code_metrics(adapt: Adapt, quantizer: Quantizer, where: str = "kernel")
 
         return Adapted(adapted, Trace(trace.params, dict(trace.metrics) | jax.vmap(metrics)(before, after)))
 
+    watched.init = lambda params, key: initial(adapt, params, key)
     return watched
 
 

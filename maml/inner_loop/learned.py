@@ -1,0 +1,109 @@
+"""Inner loops whose step sizes, or anything else that they close over, are meta-parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml.inner_loop.unrolled import unroll
+from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params
+
+PER = ("loop", "tensor", "parameter")
+
+
+def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) -> Adapt:
+    """The inner loop make(inner), where `inner` is moved by the outer optimizer: step sizes, a decay, a discount, ...
+
+    `make` may hand `inner` to any optax alias: `learned(lambda h: unroll(optax.sgd(h["step_size"], h["momentum"]), 5), ...)`. The
+    meta-parameters are `MetaParams(params, inner)`; `init(params, key)` gives `inner` at the start.
+
+    Raises:
+      ValueError: when traced, for meta-parameters without `inner`.
+    """
+
+    def adapt(loss: Loss, params, support, key) -> Adapted:
+        if not isinstance(params, MetaParams):
+            raise ValueError(
+                f"a learned inner loop takes MetaParams, and got {type(params).__name__}: make them with "
+                "maml.types.initial(adapt, params, key)"
+            )
+        return make(params.inner)(loss, params.params, support, key)
+
+    adapt.init = lambda params, key: MetaParams(params, init(params, key))
+    return adapt
+
+
+def learned_step_sizes(
+    steps: int,
+    initial: float | Sequence[float],
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    per: str = "tensor",
+    per_step: bool = True,
+    positive: bool = False,
+    **how: Any,
+) -> Adapt:
+    """`unroll` with step sizes that the outer loop learns: θₜ₊₁ = θₜ - αₜ ∘ ∇L(θₜ), α among the meta-parameters.
+
+    Meta-SGD: per="parameter", per_step=False (Li et al. 2017, arXiv 1707.09835, Eq. 2). MAML++: per="tensor", per_step=True
+    (LSLR, arXiv 1810.09502, section 4).
+
+    Args:
+      initial: every α, or a range (low, high) from which each is drawn uniformly, as in Meta-SGD.
+      optimizer: whose update is scaled by α, of step size 1: `optax.adam(1.0)`; None for `optax.sgd(1.0)`.
+      per: "loop": one α; "tensor": one for each kernel and bias; "parameter": one for each number.
+      per_step: whether every step has its own (axis 0 of each leaf).
+      positive: α = eᵃ with a learned; without it α may change its sign.
+      how: derivative, remat, precision of `unroll`.
+
+    Raises:
+      ValueError: as `unroll`, for another `per`, an empty range, and a positive α that does not start above 0; when traced, for
+        more steps than were learned.
+    """
+    if per not in PER:
+        raise ValueError(f"per={per!r}: give one of {', '.join(PER)}")
+    low, high = (initial, initial) if isinstance(initial, int | float) else initial
+    if not low <= high or (positive and low <= 0):
+        raise ValueError(f"initial={initial!r}: give a number, or a range with low <= high{', above 0' * positive}")
+    direction = optimizer or optax.sgd(1.0)
+    rows = max(steps, 1)
+    unroll(direction, steps, **how)  # refuses what it refuses
+
+    def make(inner):
+        if per_step and steps > (learned_steps := len(jax.tree.leaves(inner)[0])):
+            raise ValueError(
+                f"steps={steps}: step sizes were learned for {learned_steps} inner steps; take at most {learned_steps}"
+            )
+        sizes = jax.tree.map(jnp.exp, inner) if positive else inner
+        return unroll(optax.chain(direction, _scale(sizes, per, per_step)), steps, **how)
+
+    def init(params, key):
+        def one(i, x):
+            shape = (rows,) * per_step + (x.shape if per == "parameter" else ())
+            drawn = jax.random.uniform(jax.random.fold_in(key, i), shape, x.dtype, low, high)
+            return jnp.log(drawn) if positive else drawn
+
+        if per == "loop":
+            return one(0, jax.tree.leaves(params)[0])
+        leaves, structure = jax.tree.flatten(params)
+        return structure.unflatten([one(i, x) for i, x in enumerate(leaves)])
+
+    return learned(make, init)
+
+
+def _scale(sizes: Params, per: str, per_step: bool) -> optax.GradientTransformation:
+    """Multiply updates by step sizes: one, or one for each leaf or number, with a leading axis of steps if `per_step`."""
+
+    def init(params):
+        del params
+        return jnp.zeros((), jnp.int32)
+
+    def update(updates, state, params=None):
+        del params
+        now = jax.tree.map(lambda x: x[state], sizes) if per_step else sizes
+        scaled = jax.tree.map(lambda u: now * u, updates) if per == "loop" else jax.tree.map(jnp.multiply, now, updates)
+        return scaled, state + 1
+
+    return optax.GradientTransformation(init, update)

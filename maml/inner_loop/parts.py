@@ -1,0 +1,201 @@
+"""Inner loops that move a part of the parameters, start elsewhere, or see another part of the data at each step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial
+
+
+def only(where: Any, adapt: Adapt) -> Adapt:
+    """Run `adapt` on the parameters that `where` selects; the others stay, and are still differentiated by the outer loop.
+
+    ANIL moves the head alone (Raghu et al. 2020, arXiv 1909.09157, section 4), BOIL all but the head (Oh et al. 2021, arXiv
+    2008.08882), and Finn's code all but the norms.
+
+    `where` is an NNX filter: a predicate (path, value) -> bool, `nnx.PathContains("head")`, `nnx.Not(...)`; the paths of a
+    pytree that is no `nnx.State` are its dict keys, indices and field names.
+
+    Raises:
+      ValueError: when the adapted loop starts, if the filter selects nothing.
+    """
+    selects = nnx.filterlib.to_predicate(where)
+
+    def split(params: Params) -> tuple[Params, Callable[[Params], Params]]:
+        leaves, structure = jax.tree.flatten_with_path(params)
+        paths = [path_names(path) for path, _ in leaves]
+        chosen = {path: x for path, (_, x) in zip(paths, leaves, strict=True) if selects(path, x)}
+        if not chosen:
+            raise ValueError(f"where={where!r} selects no parameter; the paths are {paths}")
+
+        def join(moving: Params) -> Params:
+            moved = traverse_util.flatten_dict(moving)
+            return structure.unflatten(
+                [moved.get(path or _ROOT, x) for path, (_, x) in zip(paths, leaves, strict=True)]
+            )
+
+        return traverse_util.unflatten_dict({path or _ROOT: x for path, x in chosen.items()}), join
+
+    def partial_adapt(loss: Loss, params, support, key) -> Adapted:
+        model, inner = params if isinstance(params, MetaParams) else (params, None)
+        moving, join = split(model)
+        adapted = adapt(composed(loss, join), moving if inner is None else MetaParams(moving, inner), support, key)
+        trace = Trace(jax.vmap(join)(adapted.trace.params), adapted.trace.metrics)
+        return Adapted(join(adapted.params), trace)
+
+    def init(params, key):
+        made = initial(adapt, split(params)[0], key)
+        return MetaParams(params, made.inner) if isinstance(made, MetaParams) else params
+
+    partial_adapt.init = init
+    return partial_adapt
+
+
+_ROOT = ("",)
+"""The path of the only leaf of a tree that is one array."""
+
+
+def path_names(path: tuple) -> tuple:
+    """A key path as dict keys, indices and field names."""
+    return tuple(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)) for key in path)
+
+
+def composed(loss: Loss, join: Callable[[Params], Params]) -> Loss:
+    """The loss of join(moving), with all that inner loops ask of a loss."""
+
+    def of_moving(moving, batch, key):
+        return loss(join(moving), batch, key)
+
+    if two := getattr(loss, "two_argument", None):
+        of_moving.two_argument = lambda moving, target, batch, key: two(join(moving), join(target), batch, key)
+    if features := getattr(loss, "features", None):
+        of_moving.features = lambda moving, inputs: features(join(moving), inputs)
+    of_moving.indexed = getattr(loss, "indexed", False)
+    return of_moving
+
+
+def from_zero(adapt: Adapt) -> Adapt:
+    """Start every task at zero, inside of `only`: context parameters in CAVIA (Zintgraf et al. 2019, arXiv 1810.03642, Eq. 2).
+
+    What starts at zero is not meta-learned: its meta-gradient is zero.
+    """
+
+    def adapt_from_zero(loss: Loss, params, support, key) -> Adapted:
+        model, *inner = params if isinstance(params, MetaParams) else (params,)
+        zero = jax.tree.map(jnp.zeros_like, model)
+        return adapt(loss, MetaParams(zero, *inner) if inner else zero, support, key)
+
+    adapt_from_zero.init = lambda params, key: initial(adapt, params, key)
+    return adapt_from_zero
+
+
+def minibatches(size: int, adapt: Adapt) -> Adapt:
+    """Each inner step sees `size` examples of the support set: Reptile (Nichol et al. 2018, arXiv 1803.02999, section 6.1).
+
+    As in the authors' code the set is shuffled, taken in order, and shuffled anew when all were seen (a batch may hold the end of
+    one shuffle and the start of the next); a set of at most `size` examples is taken whole. Shuffles depend on the task's key.
+
+    Raises:
+      ValueError: for a size below 1; when traced, for a loss that sees the number of the step in another way (`per_step`).
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size={size!r}: give the examples of a minibatch, 1 or more")
+
+    def adapt_on_minibatches(loss: Loss, params, support, key) -> Adapted:
+        count = len(jax.tree.leaves(support)[0])
+        if count <= size:
+            return adapt(loss, params, support, key)
+        if getattr(loss, "indexed", False):
+            raise ValueError("minibatches: put it outside of per_step")
+
+        def part(indexed: Indexed):
+            position = indexed.step * size + jnp.arange(size)
+            shuffles = position[0] // count + jnp.arange(2 + (size - 1) // count)  # all that a batch can meet
+            orders = jax.vmap(lambda i: jax.random.permutation(jax.random.fold_in(indexed.key, i), count))(shuffles)
+            chosen = orders[position // count - shuffles[0], position % count]
+            return jax.tree.map(lambda x: x[chosen], indexed.batch)
+
+        def of_part(params, indexed, key):
+            return loss(params, part(indexed), key)
+
+        if two := getattr(loss, "two_argument", None):
+            of_part.two_argument = lambda params, target, indexed, key: two(params, target, part(indexed), key)
+        of_part.indexed, of_part.features = True, getattr(loss, "features", None)
+        return adapt(of_part, params, support, key)
+
+    adapt_on_minibatches.init = lambda params, key: initial(adapt, params, key)
+    if carried := getattr(adapt, "carried", None):
+        raise ValueError(f"minibatches: {carried} is carried between tasks; put minibatches inside of carried_state")
+    return adapt_on_minibatches
+
+
+def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
+    """The parameters that `where` selects have a value of their own for each inner step: MAML++'s norms.
+
+    "Per-step batch normalization weights and biases", Antoniou et al. 2019 (arXiv 1810.09502), section 4. As in the authors' code
+    step i, and predictions after step i, use row i (of 1..rows), and predictions before the first step row 1. The rows are
+    meta-parameters [rows, ...], equal at first. Per-step running statistics are left out: in that code they normalise nothing.
+
+    Let `adapt` not move these parameters: `per_step(norms, steps, only(nnx.Not(norms), ...))`.
+
+    Raises:
+      ValueError: for rows below 1, or a filter that selects nothing; when traced, for more inner steps than rows.
+    """
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ValueError(f"rows={rows!r}: give a row for each inner step, 1 or more")
+    selects = nnx.filterlib.to_predicate(where)
+
+    def on_rows(f, params):
+        """f of each leaf that has rows, in the parameters of the model."""
+
+        def one(path, x):
+            return f(x) if selects(path_names(path), x) else x
+
+        return jax.tree.map_with_path(one, params)
+
+    def adapt_with_rows(loss: Loss, params, support, key) -> Adapted:
+        if getattr(loss, "indexed", False):
+            raise ValueError("per_step: this loss sees the number of the step already (minibatches, another per_step)")
+
+        def at(params, step):
+            return on_rows(lambda x: x[jnp.clip(step, 0, x.shape[0] - 1)], params)
+
+        def of_row(params, indexed, key):
+            return loss(at(params, indexed.step), indexed.batch, key)
+
+        if two := getattr(loss, "two_argument", None):
+            of_row.two_argument = lambda p, t, i, key: two(at(p, i.step), at(t, i.step), i.batch, key)
+        if features := getattr(loss, "features", None):
+            of_row.features = lambda params, inputs: features(at(params, 0), inputs)
+        of_row.indexed = True
+        adapted, (path, metrics) = adapt(of_row, params, support, key)
+        steps = len(jax.tree.leaves(path)[0]) - 1
+        stacked = min(len(x) for x in _selected(adapted, selects))
+        if steps > stacked:
+            raise ValueError(
+                f"per_step: {steps} inner steps and {stacked} rows of {where!r}; take at most {stacked} steps"
+            )
+        path = jax.vmap(at)(path, jnp.arange(-1, steps))
+        return Adapted(at(adapted, steps - 1), Trace(path, metrics))
+
+    def init(params, key):
+        if not _selected(params, selects):
+            raise ValueError(
+                f"where={where!r} selects no parameter: per_step needs some, such as a model with batch norm"
+            )
+        made = initial(adapt, params, key)
+
+        def stack(params):
+            return on_rows(lambda x: jnp.repeat(x[None], rows, 0), params)
+
+        return MetaParams(stack(made.params), made.inner) if isinstance(made, MetaParams) else stack(made)
+
+    adapt_with_rows.init = init
+    return adapt_with_rows
+
+
+def _selected(params: Params, selects: Callable) -> list[jax.Array]:
+    return [x for path, x in jax.tree.leaves_with_path(params) if selects(path_names(path), x)]

@@ -1,0 +1,82 @@
+"""A linear head made from the support set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maml.inner_loop.parts import path_names
+from maml.types import Adapt, Adapted, Loss, MetaParams, Params, initial
+
+KINDS = ("euclidean", "cosine")
+
+
+def with_prototypes(adapt: Adapt, kind: str = "euclidean", head: str = "head") -> Adapt:
+    """Give the linear head the prototypes of the support set, then run `adapt`.
+
+    With no inner steps this is a prototypical network (Snell et al. 2017, arXiv 1703.05175): the logit of class k is
+    -|f(x) - cₖ|² = 2cₖᵀf(x) - |cₖ|² - |f(x)|², whose last term is the same for all classes (section 2.4). With inner steps it is
+    ProtoMAML (Triantafillou et al. 2020, arXiv 1903.03096, section 3.1). Derivatives go through the prototypes, and no
+    derivative to the head of the meta-parameters.
+
+    Args:
+      kind: "euclidean": cₖ is the mean of the features of class k. "cosine": the weights are the mean of features of length 1,
+        without a bias: the labels of NIL (Raghu et al. 2020, arXiv 1909.09157, section 5.2, weighted by cosine similarity), up to
+        the length of f(x), which changes no prediction.
+      head: name of the linear layer in the model, `kernel` [features, ways] and `bias`. A task may have fewer ways than it:
+        no example is then predicted to be of a class that has no support.
+
+    Raises:
+      ValueError: for another kind; when traced, for a loss without `features` (`models.functional` gives them where the model
+        has a method `features`), a model without such a head, or features that do not fit it.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: give one of {', '.join(KINDS)}")
+
+    def adapt_from_prototypes(loss: Loss, params, support, key) -> Adapted:
+        model, *inner = params if isinstance(params, MetaParams) else (params,)
+        placed = place(model, *_prototypes(loss, model, support, kind, head))
+        return adapt(loss, MetaParams(placed, *inner) if inner else placed, support, key)
+
+    def place(params: Params, kernel: jax.Array, bias: jax.Array) -> Params:
+        new = {"kernel": kernel, "bias": bias}
+
+        def one(path, x):
+            names = path_names(path)
+            found = [new[name] for name in new if head in names and name in names]
+            return found[0].astype(x.dtype) if found else x
+
+        return jax.tree.map_with_path(one, params)
+
+    adapt_from_prototypes.init = lambda params, key: initial(adapt, params, key)
+    return adapt_from_prototypes
+
+
+_ABSENT = -1e9
+"""Bias of a class that the task has not: a head may be wider than a task."""
+
+
+def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) -> tuple[jax.Array, jax.Array]:
+    """Weights [features, ways] and biases [ways] of the head."""
+    features: Callable | None = getattr(loss, "features", None)
+    kernels = [x for path, x in jax.tree.leaves_with_path(params) if head in path_names(path) and x.ndim == 2]
+    if features is None or len(kernels) != 1:
+        raise ValueError(
+            f"with_prototypes: needs a model with a method `features` and one linear layer {head!r}; this one has "
+            f"{len(kernels)} such layers and {'no' if features is None else 'the'} method"
+        )
+    inputs, labels = support
+    seen = features(params, inputs)
+    if kind == "cosine":
+        square = jnp.sum(seen**2, -1, keepdims=True)
+        seen = seen * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    width, ways = kernels[0].shape
+    if seen.shape != (len(labels), width):
+        raise ValueError(
+            f"with_prototypes: features {seen.shape} do not fit {len(labels)} labels and the head's {width} inputs"
+        )
+    members = jax.nn.one_hot(labels, ways, dtype=seen.dtype)
+    means = members.T @ seen / jnp.maximum(members.sum(0), 1)[:, None]
+    weights, biases = (means, jnp.zeros(ways)) if kind == "cosine" else (2 * means, -jnp.sum(means**2, -1))
+    return weights.T, jnp.where(members.any(0), biases, _ABSENT)

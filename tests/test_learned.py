@@ -1,0 +1,403 @@
+"""Inner loops with parameters of their own: step sizes, factors, rows, a carried state, prototypes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from maml.derivatives import first_order, mixed, reverse
+from maml.inner_loop import (
+    carried_state,
+    from_zero,
+    learned,
+    learned_step_sizes,
+    low_rank,
+    minibatches,
+    only,
+    per_step,
+    unroll,
+    with_prototypes,
+)
+from maml.losses import cross_entropy, mse
+from maml.models import MLP, functional
+from maml.objectives import parameter_distance, query_loss
+from maml.types import MetaParams, Task, initial, roles
+from tests.helpers import Quadratic, central_difference, closed_form, dot, quadratic_loss, quadratics, random_like
+
+KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
+def mean_gradient(objective, meta_params, tasks):
+    def mean(meta_params):
+        return jax.vmap(lambda task: objective(meta_params, task, KEY, 0)[0])(tasks).mean()
+
+    return jax.jit(jax.grad(mean))(meta_params)
+
+
+def network(*, norm=None, context=0, outputs=1, hidden=(5,)):
+    """A tanh-free small network with all parameters away from zero, in float64."""
+    init = nnx.initializers.normal(0.7)
+    model = MLP((2,), outputs, hidden=hidden, norm=norm, kernel_init=init, context=context, rngs=nnx.Rngs(3))
+    apply, params = functional(model)
+    return apply, jax.tree.map(lambda x: x.astype(jnp.float64), params)
+
+
+def regression(seed=0, examples=6):
+    x, y = random_like(seed, jnp.zeros((2, examples, 2))), random_like(seed + 1, jnp.zeros((2, examples, 1)))
+    return Task((x[0], y[0]), (x[1], y[1]))
+
+
+def check_gradient(objective, meta_params, task, rel=1e-6):
+    def value(meta):
+        return objective(meta, task, KEY, 0)[0]
+
+    along = random_like(9, meta_params)
+    grads = jax.jit(jax.grad(value))(meta_params)
+    expected = central_difference(jax.jit(value), meta_params, along, 1e-6)
+    assert dot(grads, along) == pytest.approx(expected, rel=rel, abs=1e-9)
+    return grads
+
+
+# --- learned step sizes ---
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("per", "per_step"), [("loop", False), ("tensor", True), ("parameter", False)])
+def test_constant_step_sizes_are_maml_and_have_their_own_gradient(per, per_step):
+    """On a quadratic with one step: ∂/∂α of the query loss at θ - α g is -gᵀC(θ' - c), and for each number -gᵢ [C(θ' - c)]ᵢ."""
+    tasks, theta = quadratics(seed=1), jnp.arange(4.0)
+    adapt = learned_step_sizes(1, 0.3, per=per, per_step=per_step)
+    meta = initial(adapt, theta, KEY)
+    grads = mean_gradient(query_loss(quadratic_loss, adapt), meta, tasks)
+    np.testing.assert_allclose(grads.params, closed_form(tasks, np.arange(4.0), 0.3, 1, False), rtol=1e-12)
+    numbers = []
+    for i in range(3):
+        support, query = (Quadratic(*(np.asarray(x[i]) for x in side)) for side in tasks)
+        slope = support.curvature @ (np.arange(4.0) - support.center)
+        numbers.append(-slope * (query.curvature @ (np.arange(4.0) - 0.3 * slope - query.center)))
+    expected = np.mean(numbers, 0) if per == "parameter" else np.mean(numbers, 0).sum()
+    np.testing.assert_allclose(np.squeeze(grads.inner), expected, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("derivative", [reverse, mixed])
+@pytest.mark.parametrize("optimizer", [None, optax.adam(1.0, eps=0.1)], ids=["sgd", "adam"])
+def test_step_sizes_per_tensor_and_step_agree_with_central_differences(derivative, optimizer):
+    apply, params = network()
+    adapt = learned_step_sizes(
+        3, (0.05, 0.2), optimizer, per="tensor", per_step=True, positive=True, derivative=derivative
+    )
+    meta = initial(only(nnx.PathContains("layers"), adapt), params, KEY)
+    assert {x.shape for x in jax.tree.leaves(meta.inner)} == {(3,)}
+    assert len(jax.tree.leaves(meta.inner)) == 2  # kernel and bias of the one layer that moves
+    sizes = np.exp(np.concatenate(jax.tree.leaves(meta.inner)))
+    assert sizes.min() > 0.05
+    assert sizes.max() < 0.2
+    assert np.unique(sizes).size == 6
+    check_gradient(query_loss(mse(apply), only(nnx.PathContains("layers"), adapt)), meta, regression())
+
+
+@pytest.mark.usefixtures("x64")
+def test_anything_that_an_inner_loop_closes_over_can_be_learned():
+    """Step size and momentum together: the derivative is that of the program."""
+    apply, params = network()
+    adapt = learned(
+        lambda h: unroll(optax.sgd(h["step_size"], h["momentum"]), 3),
+        lambda params, key: {"step_size": jnp.float64(0.1), "momentum": jnp.float64(0.5)},  # noqa: ARG005
+    )
+    grads = check_gradient(query_loss(mse(apply), adapt), initial(adapt, params, KEY), regression())
+    assert all(float(abs(x)) > 1e-6 for x in grads.inner.values())
+
+
+@pytest.mark.usefixtures("x64")
+def test_first_order_leaves_the_first_derivative_of_the_step_sizes():
+    """θ' = θ - α g with g constant: ∂/∂α is the same as with the whole derivative for one step, ∂/∂θ is FOMAML's."""
+    tasks = quadratics(seed=2)
+    parts = {}
+    for name, derivative in (("first", first_order), ("full", reverse)):
+        adapt = learned_step_sizes(1, 0.2, per="parameter", per_step=False, derivative=derivative)
+        meta = initial(adapt, jnp.arange(4.0), KEY)
+        parts[name] = mean_gradient(query_loss(quadratic_loss, adapt), meta, tasks)
+    np.testing.assert_allclose(parts["first"].inner, parts["full"].inner, rtol=1e-12)
+    np.testing.assert_allclose(parts["first"].params, closed_form(tasks, np.arange(4.0), 0.2, 1, True), rtol=1e-12)
+
+
+def test_step_sizes_that_cannot_be_are_refused():
+    for wrong, message in (
+        ({"per": "layer"}, "per='layer'"),
+        ({"initial": (0.2, 0.1)}, "initial="),
+        ({"initial": 0.0, "positive": True}, "above 0"),
+        ({"steps": -1}, "steps=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learned_step_sizes(**({"steps": 1, "initial": 0.1} | wrong))
+    two, three = (learned_step_sizes(n, 0.1) for n in (2, 3))
+    support = jax.tree.map(lambda x: x[0].astype(jnp.float32), quadratics(seed=0).support)
+    with pytest.raises(ValueError, match="learned for 2 inner steps"):
+        three(quadratic_loss, initial(two, jnp.ones(4), KEY), support, KEY)
+    with pytest.raises(ValueError, match="MetaParams"):
+        two(quadratic_loss, jnp.ones(4), support, KEY)
+
+
+def test_roles_separate_the_model_from_what_an_inner_loop_adds():
+    labels = roles(MetaParams({"w": jnp.ones(2)}, {"a": jnp.ones(()), "b": jnp.ones(3)}))
+    assert labels == MetaParams({"w": "params"}, {"a": "inner", "b": "inner"})
+    assert roles({"w": jnp.ones(2)}) == {"w": "params"}
+
+
+# --- low-rank factors ---
+
+
+@pytest.mark.usefixtures("x64")
+def test_factors_of_full_rank_reach_what_the_kernel_reaches():
+    """A one-layer least-squares problem: gradient descent in B with A of full rank goes to the same optimum as in W."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(20, 3))), jnp.asarray(rng.normal(size=(20, 2)))
+    loss = mse(lambda p, x: x @ p["kernel"])
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 2)))}
+    best = np.linalg.lstsq(np.asarray(x), np.asarray(y), rcond=None)[0]
+    adapt = low_rank(3, unroll(optax.adam(0.05), 2000))
+    meta = initial(adapt, params, KEY)
+    assert {k: v.shape for k, v in meta.inner["kernel"].items()} == {"a": (3, 3), "b": (3, 2)}
+    adapted = jax.jit(adapt, static_argnums=0)(loss, meta, (x, y), KEY)
+    np.testing.assert_allclose(adapted.params["kernel"], best, atol=1e-4)
+    np.testing.assert_array_equal(adapted.trace.params["kernel"][0], params["kernel"])  # B starts at zero
+
+
+@pytest.mark.usefixtures("x64")
+def test_factors_move_alone_keep_their_rank_and_have_the_right_meta_gradient():
+    apply, params = network(hidden=(5, 4))
+    adapt = low_rank(1, unroll(optax.sgd(0.1), 3), where="layers.*kernel", scale=2.0)
+    meta, task = initial(adapt, params, KEY), regression()
+    moved = jax.tree.map(jnp.subtract, adapt(mse(apply), meta, task.support, KEY).params, params)
+    assert np.linalg.matrix_rank(moved["layers"][1]["kernel"][...], tol=1e-9) == 1
+    for still in (moved["head"]["kernel"], moved["head"]["bias"], moved["layers"][0]["bias"]):
+        assert not np.asarray(still[...]).any()
+    check_gradient(query_loss(mse(apply), adapt), meta, task)
+
+
+def test_factors_refuse_ranks_and_patterns():
+    with pytest.raises(ValueError, match="rank=0"):
+        low_rank(0, unroll(optax.sgd(0.1), 1))
+    with pytest.raises(ValueError, match="where='conv' finds no matrix; the paths are"):
+        initial(low_rank(1, unroll(optax.sgd(0.1), 1), where="conv"), {"kernel": jnp.ones((2, 2))}, KEY)
+    with pytest.raises(ValueError, match="learned inner loop outside"):
+        initial(low_rank(1, learned_step_sizes(1, 0.1)), {"kernel": jnp.ones((2, 2))}, KEY)
+
+
+# --- rows per step ---
+
+
+@pytest.mark.usefixtures("x64")
+def test_step_i_and_predictions_after_it_use_row_i():
+    """A loss a·w²/2 with a from the rows: steps multiply w by (1 - α aᵢ), and the query loss after step k is that of row k."""
+
+    def loss(params, batch, key):
+        del key
+        value = params["norms"] * (params["w"] - batch) ** 2 / 2
+        return value, {"loss": value}
+
+    inner = only(lambda path, _: path[0] == "w", unroll(optax.sgd(0.1), 3))
+    adapt = per_step(nnx.PathContains("norms"), 3, inner)
+    params = initial(adapt, {"norms": jnp.float64(1.0), "w": jnp.float64(2.0)}, KEY)
+    assert params["norms"].tolist() == [1, 1, 1]
+    params = {"norms": jnp.array([1.0, 2.0, 3.0]), "w": jnp.float64(2.0)}
+    adapted = adapt(loss, params, jnp.float64(0.0), KEY)
+    path = 2.0 * np.cumprod([1, 0.9, 0.8, 0.7])
+    np.testing.assert_allclose(adapted.trace.params["w"], path)
+    np.testing.assert_allclose(adapted.trace.params["norms"], [1, 1, 2, 3])
+    assert (float(adapted.params["norms"]), float(adapted.params["w"])) == pytest.approx((3, path[-1]))
+    objective = query_loss(loss, adapt)
+    value = objective(params, Task(jnp.float64(0.0), jnp.float64(0.5)), KEY, 0)[0]
+    assert float(value) == pytest.approx(3 * (path[-1] - 0.5) ** 2 / 2)
+    check_gradient(objective, params, Task(jnp.float64(0.0), jnp.float64(0.5)))
+
+
+def test_rows_refuse_more_steps_than_there_are_and_models_without():
+    inner = only(lambda path, _: path[0] == "w", unroll(optax.sgd(0.1), 3))
+    params = {"norms": jnp.ones(()), "w": jnp.ones(())}
+    two = initial(per_step(nnx.PathContains("norms"), 2, inner), params, KEY)
+    loss = lambda p, b, k: (p["norms"] * p["w"] ** 2 + 0 * b, {})  # noqa: E731, ARG005
+    with pytest.raises(ValueError, match="3 inner steps and 2 rows"):
+        per_step(nnx.PathContains("norms"), 3, inner)(loss, two, jnp.ones(()), KEY)
+    with pytest.raises(ValueError, match="selects no parameter"):
+        initial(per_step(nnx.PathContains("scale"), 3, inner), params, KEY)
+    with pytest.raises(ValueError, match="rows=0"):
+        per_step(nnx.PathContains("norms"), 0, inner)
+
+
+# --- contexts, minibatches, a carried state ---
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_context_starts_at_zero_and_alone_moves():
+    apply, params = network(context=3)
+    params["context"].set_value(jnp.ones(3))
+    adapt = only(nnx.PathContains("context"), from_zero(unroll(optax.sgd(0.5), 2)))
+    adapted = adapt(mse(apply), params, regression().support, KEY)
+    np.testing.assert_array_equal(adapted.trace.params["context"][...][0], 0)
+    assert np.abs(adapted.params["context"][...]).min() > 1e-4
+    np.testing.assert_array_equal(adapted.params["layers"][0]["kernel"][...], params["layers"][0]["kernel"][...])
+    grads = check_gradient(query_loss(mse(apply), adapt), params, regression())
+    np.testing.assert_array_equal(grads["context"][...], 0)
+
+
+def test_minibatches_go_through_the_support_set_once_before_any_example_comes_again():
+    """Parameters count how often each example was seen: the gradient of -Σ over the batch of θ[example] is minus a count."""
+
+    def loss(params, batch, key):
+        del key
+        value = -jnp.sum(params[batch])
+        return value, {"loss": value}
+
+    def seen(size, steps, examples=7, key=KEY):
+        adapt = minibatches(size, unroll(optax.sgd(1.0), steps))
+        return np.asarray(adapt(loss, jnp.zeros(examples), jnp.arange(examples), key).trace.params)
+
+    counts = seen(3, 14)
+    assert counts[7].tolist() == [3] * 7
+    assert counts[14].tolist() == [6] * 7
+    assert counts[2].max() == 1  # 6 of 7, none twice
+    assert set(np.diff(counts, axis=0).sum(1)) == {3}
+    assert seen(7, 2)[-1].tolist() == [2] * 7
+    other = seen(3, 14, key=jax.random.key(1))
+    assert (other[1] != counts[1]).any()
+    large = seen(5, 7, examples=6)  # a batch holds parts of two shuffles
+    assert large[6].tolist() == [5] * 6
+    with pytest.raises(ValueError, match="size=0"):
+        minibatches(0, unroll(optax.sgd(1.0), 1))
+
+
+@pytest.mark.usefixtures("x64")
+def test_reptile_moves_by_the_mean_displacement_and_carries_adams_state():
+    """Three tasks on quadratics, outer SGD of step size ε on parameters and 1 on the state: by hand in NumPy."""
+    tasks, theta, epsilon = quadratics(seed=4), np.arange(4.0), 0.25
+    adapt = carried_state(optax.adam(0.01, b1=0.0), 3)
+    meta = initial(adapt, jnp.asarray(theta), KEY)
+    outer = optax.partition({"params": optax.sgd(epsilon), "inner": optax.sgd(1.0)}, roles)
+    state, second, count = outer.init(meta), np.zeros(4), 0
+
+    @jax.jit
+    def step(meta, state):
+        updates, state = outer.update(
+            mean_gradient(parameter_distance(quadratic_loss, adapt), meta, tasks), state, meta
+        )
+        return optax.apply_updates(meta, updates), state
+
+    for _ in range(2):
+        meta, state = step(meta, state)
+        ends, moments = [], []
+        for i in range(3):
+            support = Quadratic(*(np.asarray(x[i]) for x in tasks.support))
+            x, v = theta.copy(), second.copy()
+            for t in range(count + 1, count + 4):
+                g = support.curvature @ (x - support.center)
+                v = 0.999 * v + 0.001 * g**2
+                x = x - 0.01 * g / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            ends.append(x)
+            moments.append(v)
+        theta, second, count = theta + epsilon * (np.mean(ends, 0) - theta), np.mean(moments, 0), count + 3
+        np.testing.assert_allclose(meta.params, theta, rtol=1e-10)
+        np.testing.assert_allclose(meta.inner[0].nu, second, rtol=1e-10)
+        assert float(meta.inner[0].count) == count
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_distance_is_reptiles_update_and_refuses_what_it_cannot_move():
+    tasks = quadratics(seed=5)
+    adapt = unroll(optax.sgd(0.1), 4)
+    grads = mean_gradient(parameter_distance(quadratic_loss, adapt), jnp.arange(4.0), tasks)
+    ends = [
+        adapt(quadratic_loss, jnp.arange(4.0), jax.tree.map(lambda x, i=i: x[i], tasks.support), KEY).params
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(grads, np.arange(4.0) - np.mean(ends, 0), rtol=1e-12)
+    learned_loop = learned_step_sizes(2, 0.1)
+    with pytest.raises(ValueError, match="parameters of its own"):
+        mean_gradient(
+            parameter_distance(quadratic_loss, learned_loop), initial(learned_loop, jnp.arange(4.0), KEY), tasks
+        )
+
+
+# --- prototypes ---
+
+
+def blobs(ways=3, shots=2):
+    labels = jnp.repeat(jnp.arange(ways), shots)
+    x = random_like(0, jnp.zeros((2, ways * shots, 2))) + 2.0 * labels[None, :, None]
+    return Task((x[0], labels), (x[1], labels))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("ways", [3, 2])
+def test_a_head_of_prototypes_is_the_nearest_class_mean(ways):
+    """Probabilities are softmax(-|f(x) - c|²) over the classes of the task, also where the head is wider than the task."""
+    apply, params = network(outputs=3)
+    task = blobs(ways)
+    adapted = with_prototypes(unroll(optax.sgd(0.1), 0))(cross_entropy(apply), params, task.support, KEY)
+    features, query = (np.asarray(apply.features(params, side[0])) for side in task)
+    means = np.stack([features[np.asarray(task.support[1]) == k].mean(0) for k in range(ways)])
+    distances = ((query[:, None] - means[None]) ** 2).sum(-1)
+    expected = np.exp(-distances) / np.exp(-distances).sum(1, keepdims=True)
+    found = np.asarray(jax.nn.softmax(apply(adapted.params, task.query[0])))
+    np.testing.assert_allclose(found[:, :ways], expected, rtol=1e-8)
+    assert not found[:, ways:].any()
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[0], adapted.trace.params), adapted.params)
+
+
+@pytest.mark.usefixtures("x64")
+def test_nil_predicts_the_labels_that_cosine_similarity_weighs_most():
+    apply, params = network(outputs=3)
+    task = blobs()
+    adapted = with_prototypes(unroll(optax.sgd(0.1), 0), "cosine")(cross_entropy(apply), params, task.support, KEY)
+    features, query = (np.asarray(apply.features(params, side[0])) for side in task)
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300) for x in (features, query)]
+    votes = unit[1] @ unit[0].T @ np.eye(3)[np.asarray(task.support[1])]
+    seen = np.linalg.norm(query, axis=1) > 0
+    assert seen.any()
+    np.testing.assert_array_equal(
+        np.asarray(apply(adapted.params, task.query[0])).argmax(1)[seen], votes.argmax(1)[seen]
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("kind", "steps"), [("euclidean", 2), ("cosine", 0)])
+def test_derivatives_go_through_the_prototypes(kind, steps):
+    apply, params = network(outputs=3)
+    adapt = with_prototypes(unroll(optax.sgd(0.05), steps), kind)
+    grads = check_gradient(query_loss(cross_entropy(apply), adapt), params, blobs())
+    assert not np.asarray(grads["head"]["kernel"][...]).any()
+    assert np.asarray(grads["layers"][0]["kernel"][...]).any()
+
+
+def test_prototypes_ask_for_features_and_a_head():
+    adapt = with_prototypes(unroll(optax.sgd(0.1), 0))
+    task = jax.tree.map(jnp.asarray, blobs())
+    with pytest.raises(ValueError, match="no method"):
+        adapt(
+            cross_entropy(lambda p, x: x @ p["head"]["kernel"]),
+            {"head": {"kernel": jnp.ones((2, 3))}},
+            task.support,
+            KEY,
+        )
+    with pytest.raises(ValueError, match="kind='l1'"):
+        with_prototypes(adapt, "l1")
+
+
+# --- together ---
+
+
+@pytest.mark.usefixtures("x64")
+def test_loops_of_maml_pp_agree_with_central_differences():
+    """Rows of norms, step sizes per tensor and step, everything but the norms moving."""
+    apply, params = network(norm=partial(nnx.BatchNorm, epsilon=1e-2), outputs=1)
+    norms = nnx.PathContains("norms")
+    adapt = per_step(norms, 2, only(nnx.Not(norms), learned_step_sizes(2, (0.05, 0.1), per="tensor")))
+    meta = initial(adapt, params, KEY)
+    meta = jax.tree.map(jnp.add, meta, jax.tree.map(lambda x: 0.1 * x, random_like(2, meta)))  # rows that differ
+    check_gradient(query_loss(mse(apply), adapt), meta, regression())
