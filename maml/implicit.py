@@ -1,5 +1,7 @@
 """Adaptation to the optimum of a proximal problem, differentiated by the implicit function theorem."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,29 +10,22 @@ import optax
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from maml.derivatives import first_order
-from maml.inner_loop.unrolled import unroll
-from maml.types import Adapt, Adapted, Loss, Trace
+from maml.types import Adapt, Adapted, Loss, Params, Trace
 
 
-def implicit(
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    strength: float = 1.0,
-    *,
-    cg_steps: int = 5,
-    damping: float = 0.0,
-) -> Adapt:
-    """iMAML: φ* = argmin L(φ) + λ/2 |φ - θ|² in `steps` steps of any optimizer from θ (Rajeswaran et al., arXiv 1909.04630).
+def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int = 5, damping: float = 0.0) -> Adapt:
+    """iMAML: φ* = argmin L(φ) + λ/2 |φ - θ|², which `search` finds from θ (Rajeswaran et al., arXiv 1909.04630).
 
     The outer derivative solves (∇²L(φ) + λI) w = v by conjugate gradients and takes λw for θ (Eq. 6 and Algorithm 2: w/λ is
-    their (I + ∇²L/λ)⁻¹v): memory does not grow with `steps`. It is that of the exact optimum. Derivatives with respect to the
-    support set, and to what the loss closes over, come from the same solve. Only the last parameters of the trace have one.
+    their (I + ∇²L/λ)⁻¹v): memory does not grow with the steps of the search. It is that of the exact optimum. Derivatives with
+    respect to the support set, and to what the loss closes over, come from the same solve. Only the last parameters of the
+    trace have one.
 
     A metric beside the loss's own: `stationarity`, |∇L(φ) + λ(φ - θ)| / |∇L(θ)| at the end, 0 at the optimum (the same for all
     steps). `residual` reports how far the conjugate gradients come.
 
     Args:
+      search: an inner loop, such as `unroll(optax.sgd(0.1), 16)`; it is given the proximal loss, and is not differentiated.
       strength: λ, above 0, or a traced scalar (a meta-parameter: `inner_loop.learned`).
       cg_steps: products with the Hessian in a solve.
       damping: added to the Hessian in the solve alone, where it is not positive definite.
@@ -39,7 +34,8 @@ def implicit(
     after them, and solves with another matrix.
 
     Raises:
-      ValueError: for a strength that is not positive, negative damping, cg_steps below 1, and as `unroll`.
+      ValueError: for a strength that is not positive, negative damping, cg_steps below 1; when traced, for a semi-gradient and a
+        loss that is another at each step.
     """
     if isinstance(strength, int | float) and not strength > 0:
         raise ValueError(
@@ -47,7 +43,6 @@ def implicit(
         )
     if damping < 0 or not isinstance(cg_steps, int) or isinstance(cg_steps, bool) or cg_steps < 1:
         raise ValueError(f"cg_steps={cg_steps!r}, damping={damping}: give 1 step or more, and a damping of 0 or more")
-    search = unroll(optimizer, steps, first_order)
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
         if getattr(loss, "two_argument", None):
@@ -56,13 +51,6 @@ def implicit(
             raise ValueError(
                 "implicit: the optimum is that of one loss; take no minibatches and no parameters per step"
             )
-        key_optimum = jax.random.split(key, max(steps, 1))[-1]
-
-        def slope(phi, key=key_optimum):
-            """∇L(φ) + λ(φ - θ), which is zero at the optimum."""
-            grads = jax.grad(loss, has_aux=True)(phi, support, key)[0]
-            return jax.tree.map(lambda g, p, q: g + strength * (p - q), grads, phi, params)
-
         fixed, pull = lax.stop_gradient((params, strength))
 
         def proximal(phi, batch, key):
@@ -70,20 +58,44 @@ def implicit(
             distance = sum(jnp.sum((p - q) ** 2) for p, q in zip(*map(jax.tree.leaves, (phi, fixed)), strict=True))
             return value + pull / 2 * distance, metrics
 
-        def tangent_solve(matvec, v):
-            def matrix(u):
-                return jax.tree.map(lambda x, y: x + damping * y, matvec(u), u) if damping else matvec(u)
+        found, (path, metrics) = lax.stop_gradient(search(proximal, fixed, support, key))
 
-            return _cg(matrix, v, cg_steps)
+        def slope(phi):
+            """∇L(φ) + λ(φ - θ), which is zero at the optimum."""
+            grads = jax.grad(loss, has_aux=True)(phi, support, key)[0]
+            return jax.tree.map(lambda g, p, q: g + strength * (p - q), grads, phi, params)
 
-        adapted = lax.stop_gradient(search(proximal, fixed, support, key))
-        optimum = lax.custom_root(slope, adapted.params, lambda _, found: found, tangent_solve)
-        path = jax.tree.map(lambda x, last: jnp.concatenate([x[:-1], last[None]]), adapted.trace.params, optimum)
+        def damped(phi):
+            return jax.tree.map(lambda g, p: g + damping * p, slope(phi), phi)
+
+        end, product = slope(found), jax.linearize(damped, found)[1]
+        optimum = _at_root(cg_steps, found, end, lax.stop_gradient(product))
         start = optax.tree.norm(slope(fixed))
-        left = lax.stop_gradient(optax.tree.norm(slope(adapted.params)) / jnp.where(start > 0, start, 1))
-        return Adapted(optimum, Trace(path, dict(adapted.trace.metrics) | {"stationarity": jnp.full(steps, left)}))
+        left = lax.stop_gradient(optax.tree.norm(end) / jnp.where(start > 0, start, 1))
+        steps = len(jax.tree.leaves(path)[0]) - 1
+        path = jax.tree.map(lambda x, last: jnp.concatenate([x[:-1], last[None]]), path, optimum)
+        return Adapted(optimum, Trace(path, dict(metrics) | {"stationarity": jnp.full(steps, left)}))
 
     return adapt
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _at_root(cg_steps: int, found: Params, slope: Params, product: Callable) -> Params:
+    """`found`, with the derivative of a root: F(φ, z) = 0 gives dφ = -(∂F/∂φ)⁻¹ ∂F/∂z dz, where F is `slope`."""
+    del cg_steps, slope, product
+    return found
+
+
+def _at_root_forward(cg_steps, found, slope, product):
+    del cg_steps, slope
+    return found, product
+
+
+def _at_root_backward(cg_steps, product, v):
+    return None, jax.tree.map(jnp.negative, _cg(product, v, cg_steps)), None
+
+
+_at_root.defvjp(_at_root_forward, _at_root_backward)
 
 
 def _cg(matvec, v, steps: int):
@@ -91,7 +103,7 @@ def _cg(matvec, v, steps: int):
 
 
 def residual(
-    loss: Loss, params: Any, support: Any, key: jax.Array, vector: Any, strength: float, cg_steps: int
+    loss: Loss, params: Any, support: Any, key: jax.Array, vector: Any, strength: Any, cg_steps: int
 ) -> jax.Array:
     """|(∇²L + λI) w - v| / |v| after 0, 1, ..., cg_steps conjugate-gradient steps at `params`, [cg_steps + 1].
 

@@ -148,7 +148,9 @@ def check_norm(norm: str) -> None:
 
 def with_norm(params: Params, support: Batch, norm: str) -> Params:
     """The parameters as they meet the query set: as they are, or with the support inputs as reference of batch norm."""
-    return {"batch": lambda p, _: p, "support": Conditioned, "joint": Joint}[norm](params, support[0])
+    if norm == "batch":
+        return params
+    return (Conditioned if norm == "support" else Joint)(params, support[0])
 
 
 def _before(adapted: Adapted) -> dict[str, jax.Array]:

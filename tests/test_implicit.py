@@ -37,7 +37,7 @@ def mean_gradient(adapt, theta, tasks):
 @pytest.mark.parametrize("strength", [0.5, 2.0])
 def test_optimum_and_meta_gradient_are_the_closed_form(strength):
     tasks, theta = quadratics(seed=3), np.arange(4.0)
-    adapt = implicit(optax.sgd(0.3), 200, strength, cg_steps=4)
+    adapt = implicit(unroll(optax.sgd(0.3), 200), strength, cg_steps=4)
     optima, gradient = closed(tasks, theta, strength)
     found = jax.vmap(lambda s: adapt(quadratic_loss, jnp.asarray(theta), s, KEY).params)(tasks.support)
     np.testing.assert_allclose(found, optima, rtol=1e-10)
@@ -50,7 +50,8 @@ def test_the_error_falls_with_inner_steps_and_with_conjugate_gradients():
 
     def error(steps, cg_steps):
         return np.linalg.norm(
-            mean_gradient(implicit(optax.sgd(0.3), steps, 0.5, cg_steps=cg_steps), jnp.asarray(theta), tasks) - exact
+            mean_gradient(implicit(unroll(optax.sgd(0.3), steps), 0.5, cg_steps=cg_steps), jnp.asarray(theta), tasks)
+            - exact
         )
 
     in_steps = [error(n, 4) for n in (1, 2, 5, 15, 50)]
@@ -63,7 +64,9 @@ def test_the_error_falls_with_inner_steps_and_with_conjugate_gradients():
 def test_stationarity_falls_to_zero_and_the_residual_too():
     tasks = quadratics(seed=3)
     support, query = (jax.tree.map(lambda x: x[0], side) for side in tasks)
-    loops = {n: implicit(optax.sgd(0.3), n, 0.5)(quadratic_loss, jnp.arange(4.0), support, KEY) for n in (1, 5, 60)}
+    loops = {
+        n: implicit(unroll(optax.sgd(0.3), n), 0.5)(quadratic_loss, jnp.arange(4.0), support, KEY) for n in (1, 5, 60)
+    }
     seen = [np.asarray(adapted.trace.metrics["stationarity"]) for adapted in loops.values()]
     assert [x.shape for x in seen] == [(1,), (5,), (60,)]
     assert 1 > seen[0][0] > seen[1][0] > seen[2][0]
@@ -88,7 +91,7 @@ def test_every_cotangent_is_the_central_difference_at_the_optimum():
     loss = mse(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
     params = {"a": random_like(2, jnp.zeros((2, 3))), "b": random_like(3, jnp.zeros((3, 1)))}
     adapt = learned(
-        lambda h: implicit(optax.sgd(0.2), 400, h, cg_steps=9),
+        lambda h: implicit(unroll(optax.sgd(0.2), 400), h, cg_steps=9),
         lambda params, key: jnp.float64(1.5),  # noqa: ARG005
     )
 
@@ -112,7 +115,7 @@ def test_memory_does_not_grow_with_the_inner_steps_as_that_of_the_unrolled_loop_
         value = jax.grad(lambda p: query_loss(loss, adapt)(p, task, KEY, 0)[0])
         return jax.jit(value).lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    few, many = (temporaries(implicit(optax.sgd(1e-3), n, 1.0)) for n in (4, 64))
+    few, many = (temporaries(implicit(unroll(optax.sgd(1e-3), n), 1.0)) for n in (4, 64))
     plain = temporaries(unroll(optax.sgd(1e-3), 64))
     path = 60 * 4 * sum(x.size for x in params.values())  # the trace, of which only its last is asked for
     assert many - few < 0.1 * path
@@ -125,15 +128,14 @@ def test_memory_does_not_grow_with_the_inner_steps_as_that_of_the_unrolled_loop_
         ({"strength": 0.0}, "strength=0"),
         ({"cg_steps": 0}, "cg_steps=0"),
         ({"damping": -1.0}, "damping=-1"),
-        ({"steps": -1}, "steps=-1"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        implicit(**({"optimizer": optax.sgd(0.1), "steps": 1} | wrong))
+        implicit(**({"search": unroll(optax.sgd(0.1), 1)} | wrong))
 
 
 def test_a_semi_gradient_has_no_optimum():
     loss = semi_gradient(lambda p, t, b, k: (jnp.sum((p - t + b) ** 2), {}))  # noqa: ARG005
     with pytest.raises(ValueError, match="semi-gradient"):
-        implicit(optax.sgd(0.1), 1)(loss, jnp.ones(2), jnp.ones(2), KEY)
+        implicit(unroll(optax.sgd(0.1), 1))(loss, jnp.ones(2), jnp.ones(2), KEY)
