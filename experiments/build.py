@@ -203,7 +203,9 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
         f.name: cfg.evaluation[f.name] for f in dataclasses.fields(Protocol) if f.name in cfg.evaluation
     }
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
-    settings = [f"{k}={v}" for k, v in sorted(cfg.task.items()) if k not in own]
+    settings = [f"{k}={v}" for k, v in sorted(cfg.task.items()) if k not in own and v is not None]
+    if "initial_step_size" in cfg.algorithm:
+        values["step_size"] = None  # learned: a number that an experiment has for other algorithms is not used
     values["task"] = " ".join(settings).removeprefix("_target_=")
     return Protocol(**values | changes)
 
