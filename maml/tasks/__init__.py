@@ -3,6 +3,7 @@
 from maml.tasks.episodes import ClassImages as ClassImages
 from maml.tasks.episodes import episodes as episodes
 from maml.tasks.episodes import rotated_classes as rotated_classes
+from maml.tasks.few_shot import tfds_few_shot as tfds_few_shot
 from maml.tasks.images import image_folder as image_folder
 from maml.tasks.images import omniglot as omniglot
 from maml.tasks.sinusoid import sinusoid as sinusoid

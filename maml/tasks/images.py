@@ -57,7 +57,7 @@ def omniglot(
     """
     wanted = classes_of(class_split, split)
     data, names = tfds_images("omniglot", data_dir, size=28, cache_dir=cache_dir)
-    data = _select(data, names, wanted, class_split)
+    data = classes_named(data, names, wanted, class_split)
     if rotations == "classes":
         # The rows that 105 -> 28 keeps lie symmetrically, so this equals turning before resizing.
         data, rotations = rotated_classes(data), "none"
@@ -127,6 +127,7 @@ def tfds_images(
 
     Raises:
       FileNotFoundError: the data set is not there and cannot be prepared.
+      ValueError: it has no class label of that name.
     """
     return _tfds_images(name, _data_dir(data_dir), label, size, mode, parts, resample, cache_folder(cache_dir))
 
@@ -134,7 +135,7 @@ def tfds_images(
 @functools.lru_cache(maxsize=2)  # meta_train, meta_valid and meta_test read the same arrays
 def _tfds_images(name, data_dir, label, size, mode, parts, resample, cache_dir):
     builder = _prepared(name, data_dir)
-    names = tuple(builder.info.features[label].names)
+    names = _class_names(builder, label)
     shards = {k: (v.num_bytes, v.shard_lengths) for k, v in sorted(builder.info.splits.items())}
     key = digest(str(builder.version), label, size, mode, parts, resample, shards)
 
@@ -149,10 +150,22 @@ def _tfds_images(name, data_dir, label, size, mode, parts, resample, cache_dir):
     return data, names
 
 
+def _class_names(builder: Any, label: str) -> tuple[str, ...]:
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features.items()
+    labels = {k: feature for k, feature in features if isinstance(feature, tfds.features.ClassLabel)}
+    if label not in labels:
+        raise ValueError(f"label={label!r}: {builder.name!r} has no such class label; give one of {', '.join(labels)}")
+    return tuple(labels[label].names)
+
+
 def _records(builder: Any, parts: str) -> list[dict[str, Any]]:
     import tensorflow_datasets as tfds
 
-    skip = {"image": tfds.decode.SkipDecoding()}  # decoding with TFDS would make 1-bit drawings RGB
+    # Decoding with TFDS would make 1-bit drawings RGB, and would decode masks that nobody asks for.
+    pictures = [k for k, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    skip = {k: tfds.decode.SkipDecoding() for k in pictures}
     source = builder.as_data_source(split=parts, decoders=skip)
     chunks = (range(i, min(i + 1000, len(source))) for i in range(0, len(source), 1000))
     return [record for chunk in chunks for record in source.__getitems__(chunk)]
@@ -226,7 +239,8 @@ def _absent(name: str, data_dir: str) -> str:
     )
 
 
-def _select(data: ClassImages, names: Sequence[str], wanted: Sequence[str], where: str) -> ClassImages:
+def classes_named(data: ClassImages, names: Sequence[str], wanted: Sequence[str], where: str) -> ClassImages:
+    """The classes of these names, in that order; `where` is the split that names them, for the message."""
     index = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in wanted if name not in index]:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Class splits: which classes are for meta-training, meta-validation and meta-test.
 
-The committed Omniglot lists are text files beside this one, in the format that a user's own file
+The committed lists are text files beside this one, in the format that a user's own file
 has too:
 
     # comment
@@ -22,8 +22,15 @@ SHA256 = {
     "finn": "11d82aae5508d13cd341aa833d8f0584989aca5bada8f5c2b654bd3e10b12333",
     "vinyals": "407bcdc964ff39d8fa3baaedaf27306d8a6898c10dbd4fb8d5a65bc20c6ec255",
     "lake": "dc953a360618d154f5b33e9c477a8ff85761f60415ea02d89ad892797370765b",
+    "cifar_fs": "4c0f916f68d8255053179106fca6e7950b978901a1ed0d04fefe25dae03f803d",
+    "fc100": "db90407126e185e4e4fa5659e57bfb7ff705109f33498f724738f981ae388ab6",
+    "cub": "72277ebd270234fd5f639e4c19cceb04fc0d01b52743bdf03a8b505de23e6952",
+    "flowers": "bbf9f07207e6830fb0cabc2bf3ab26b4e433f1ca3346e4684d7fce8ed0b394f0",
+    "dtd": "0eae95eebfd6da972337cbad2559e8115e945090a34fcbfbe3069d7e6c3d49d6",
 }
-"""The digests of the committed lists (`omniglot_<name>.txt`), comments left out."""
+"""The digests of the committed lists (`<name>.txt`, those of Omniglot `omniglot_<name>.txt`), comments left out."""
+
+OMNIGLOT = ("finn", "vinyals", "lake")
 
 FOLDER = Path(__file__).parent
 
@@ -86,7 +93,7 @@ def digest(split: ClassSplit) -> str:
 
 
 def _committed(name: str) -> ClassSplit:
-    path = FOLDER / f"omniglot_{name}.txt"
+    path = FOLDER / (f"omniglot_{name}.txt" if name in OMNIGLOT else f"{name}.txt")
     split = _checked(_from_file(path), path)
     if digest(split) != SHA256[name]:
         raise ValueError(
