@@ -168,14 +168,14 @@ def only(where: Any, adapt: Adapt) -> Adapt:
         def join(moving) -> Params:
             return structure.unflatten([moving.get(i, x) for i, (_, x) in enumerate(leaves)])
 
-        adapted = adapt(_composed(loss, join), moving, support, key)
+        adapted = adapt(composed_with(loss, join), moving, support, key)
         trace = Trace(jax.vmap(join)(adapted.trace.params), adapted.trace.metrics)
         return Adapted(join(adapted.params), trace)
 
     return partial_adapt
 
 
-def _composed(loss: Loss, join) -> Loss:
+def composed_with(loss: Loss, join) -> Loss:
     """The loss of join(moving), also where it is one of two arguments."""
 
     def composed(moving, batch, key):

@@ -1,5 +1,8 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +22,11 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     Raises:
       ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
     """
+    return pure(model, lambda model, inputs: model(inputs))
+
+
+def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Params]:
+    """`functional` of call(model, inputs) -> pytree of [batch, ...] in place of model(inputs). `call` may change the module."""
     model = nnx.clone(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.BatchNorm):
@@ -37,12 +45,16 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     def apply(params, inputs):
         state = _fresh(rest, params)
         if not isinstance(params, Conditioned):
-            return nnx.merge(graphdef, params, state)(inputs)
+            return call(nnx.merge(graphdef, params, state), inputs)
         model = nnx.merge(graphdef, params.params, state)
         model(params.reference)
         model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
         settled, state = nnx.split(model)
-        return lax.map(lambda x: nnx.merge(settled, state)(x[None])[0], inputs)
+
+        def alone(x):
+            return jax.tree.map(lambda y: y[0], call(nnx.merge(settled, state), x[None]))
+
+        return lax.map(alone, inputs)
 
     apply.takes_conditioned = True
     apply.batch_statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_graph(model))
