@@ -180,13 +180,18 @@ def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
 
 
 def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[Apply, Params]:
+    """The model as a pure function and its parameters."""
+    return functional(build_module(cfg, sampler, root))
+
+
+def build_module(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> nnx.Module:
     """The model for the shapes that the sampler draws: `outputs` is the ways, or the features of regression targets."""
     task = jax.eval_shape(sampler, jax.random.split(root, 1))
     inputs, targets = task.query  # a support set of transitions has no targets
     outputs = cfg.task.ways if "ways" in cfg.task else targets.shape[-1]
     factory = instantiate(cfg.model, _convert_="all")
     rngs = nnx.Rngs(params=key_for(root, "init"))
-    return functional(_make("model", factory, tuple(inputs.shape[2:]), outputs, rngs=rngs))
+    return _make("model", factory, tuple(inputs.shape[2:]), outputs, rngs=rngs)
 
 
 def _make(group: str, factory: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from experiments import build, results
 from experiments.program import REFUSALS, refuse
 from maml import train
 from maml.checkpoint import Checkpoints
+from maml.types import Params
 
 CONF = Path(__file__).parents[1] / "conf"
 ALLOWED = ("evaluation.", "task.data_dir")
@@ -52,13 +53,12 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
-    """The numbers of the newest checkpoint of a run, as in `summary.json`.
+def load(directory: Path, overrides: Sequence[str] = ()) -> tuple[DictConfig, build.Learner, int, Params]:
+    """Config with the overrides, learner, and the newest checkpoint of a run: its meta-step and its meta-parameters.
 
     Raises:
       ValueError: for a directory without checkpoint or overrides that are refused.
     """
-    start = time.monotonic()
     checkpoints = Checkpoints(directory / "checkpoints")
     config = checkpoints.config()
     if config is None:
@@ -67,9 +67,20 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
     learner = build.learner(cfg)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     step, progress = checkpoints.restore(progress) or (0, progress)
+    return cfg, learner, step, progress.state.params
+
+
+def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
+    """The numbers of the newest checkpoint of a run, as in `summary.json`.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    start = time.monotonic()
+    cfg, learner, step, params = load(directory, overrides)
     protocol, measure = build.evaluation(cfg, learner)
-    metrics = measure(progress.state.params)
-    summary = results.summarize(cfg, protocol, metrics, progress.state.params, time.monotonic() - start)
+    metrics = measure(params)
+    summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
     return summary | {"step": step}
 
 

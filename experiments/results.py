@@ -118,7 +118,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Everything that must travel with the numbers."""
     return {
-        "metrics": {f"{protocol.split}/{k}": _json(v) for k, v in metrics.items()},
+        "metrics": {f"{protocol.split}/{k}": as_json(v) for k, v in metrics.items()},
         "protocol": dataclasses.asdict(protocol),
         "protocol_hash": protocol.hash,
         "params_sha256": digest(params),
@@ -134,7 +134,7 @@ def save(path: Path, summary: Mapping[str, Any]) -> None:
     write(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
 
 
-def _json(value: Interval) -> dict[str, Any]:
+def as_json(value: Interval) -> dict[str, Any]:
     """A mean that is no number is null: JSON has no NaN."""
     return {k: v if v is not None and math.isfinite(v) else None for k, v in value._asdict().items()}
 

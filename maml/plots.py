@@ -143,6 +143,21 @@ def spectra(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], width: float = 
     return _labelled(figure, panel, f"eigenvalue (bandwidth {sigma:.2g})", "density")
 
 
+def by_layer(
+    curves: Mapping[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
+    layers: Sequence[str],
+    ylabel: str,
+) -> Figure:
+    """A measure of each layer, from the input on: (means, half-widths of intervals) by label; a NaN mean is left out."""
+    figure, (panel,) = _panels(1, 1, width=max(4.0, 0.9 * len(layers) + 1.5), height=3.5)
+    for label, (means, ci95) in curves.items():
+        means, ci95 = np.asarray(means, np.float64), np.nan_to_num(np.asarray(ci95, np.float64))
+        there = np.flatnonzero(np.isfinite(means))
+        panel.errorbar(there, means[there], ci95[there], label=label, marker="o", capsize=3)
+    panel.set_xticks(range(len(layers)), list(layers))
+    return _labelled(figure, panel, "layer", ylabel)
+
+
 def accuracy_against_bits(
     curves: Mapping[str, tuple[Sequence[int], Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
     ylabel: str = "accuracy",

@@ -106,7 +106,9 @@ DIFFERENTIATED = [
 QUICK = {"cavia", "lora", "meta_sgd"}  # the others take a minute to compile together; their parts are tested one by one
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param(a, marks=() if a in QUICK else pytest.mark.slow) for a in DIFFERENTIATED])
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(a, marks=() if a in QUICK else pytest.mark.slow) for a in DIFFERENTIATED]
+)
 @pytest.mark.parametrize("kind", ["mlp", pytest.param("conv", marks=pytest.mark.slow)])
 def test_derivatives_agree_and_first_order_is_another_one(algorithm, kind, folder):
     if kind == "mlp" and algorithm in CLASSIFIERS:

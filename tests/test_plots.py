@@ -168,3 +168,11 @@ def test_accuracy_against_bits_has_the_bits_in_order_and_evenly_spaced(tmp_path)
     assert [t.get_text() for t in panel.get_xticklabels()] == ["2", "8", "32"]
     np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[0, 0.3], [1, 0.8], [2, 0.9]])
     drawn(figure, tmp_path / "bits.png")
+
+
+def test_by_layer_names_the_layers_and_leaves_out_what_there_is_not(tmp_path):
+    figure = plots.by_layer({"CCA": ([0.9, np.nan, 0.5], [0.01, np.nan, np.nan])}, ["a", "b/0", "c"], "similarity")
+    (panel,) = figure.axes
+    assert [t.get_text() for t in panel.get_xticklabels()] == ["a", "b/0", "c"]
+    np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[0, 0.9], [2, 0.5]])
+    drawn(figure, tmp_path / "layers.png")

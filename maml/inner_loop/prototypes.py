@@ -68,7 +68,9 @@ def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) 
         )
     inputs, labels = support
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"with_prototypes: labels are {labels.dtype}: prototypes are for classification, with integer labels")
+        raise ValueError(
+            f"with_prototypes: labels are {labels.dtype}: prototypes are for classification, with integer labels"
+        )
     seen = features(params, inputs)
     if kind == "cosine":
         square = jnp.sum(seen**2, -1, keepdims=True)

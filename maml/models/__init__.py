@@ -2,6 +2,8 @@
 
 from maml.models.conv import Conv4 as Conv4
 from maml.models.functional import functional as functional
+from maml.models.layers import activations as activations
+from maml.models.layers import blocks as blocks
 from maml.models.mlp import MLP as MLP
 from maml.models.quantized import quantize as quantize
 from maml.models.quantized import quantized as quantized

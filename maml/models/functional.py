@@ -1,6 +1,7 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,14 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     Raises:
       ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
     """
+    apply, params = pure(model, lambda model, inputs: model(inputs))
+    if callable(getattr(model, "features", None)):
+        apply.features, _ = pure(model, lambda model, inputs: model.features(inputs))
+    return apply, params
+
+
+def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Params]:
+    """`functional` of call(model, inputs) -> pytree of [batch, ...] in place of model(inputs). `call` may change the module."""
     model = nnx.clone(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.BatchNorm):
@@ -38,28 +47,24 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
             "drawn at each call, or write a loss that hands its key to the module"
         )
 
-    def pure(method: Callable) -> Apply:
-        def apply(params, inputs):
-            state = _fresh(rest, params)
-            if not isinstance(params, Conditioned | Joint):
-                return method(nnx.merge(graphdef, params, state), inputs)
-            model, reference = nnx.merge(graphdef, params.params, state), params.reference
-            if isinstance(params, Joint):
-                moving, state = nnx.split(model)
-                together = lambda x: jnp.concatenate([reference, x[None]])  # noqa: E731
-                return lax.map(lambda x: method(nnx.merge(moving, state), together(x))[-1], inputs)
+    def apply(params, inputs):
+        state = _fresh(rest, params)
+        if not isinstance(params, Conditioned | Joint):
+            return call(nnx.merge(graphdef, params, state), inputs)
+        model, reference = nnx.merge(graphdef, params.params, state), params.reference
+        if isinstance(params, Conditioned):
             model(reference)
             model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
-            settled, state = nnx.split(model)
-            return lax.map(lambda x: method(nnx.merge(settled, state), x[None])[0], inputs)
+        settled, state = nnx.split(model)
 
-        return apply
+        def alone(x):
+            x = x[None] if isinstance(params, Conditioned) else jnp.concatenate([reference, x[None]])
+            return jax.tree.map(lambda y: y[-1], call(nnx.merge(settled, state), x))
 
-    apply = pure(lambda model, inputs: model(inputs))
+        return lax.map(alone, inputs)
+
     apply.takes_conditioned = True
     apply.batch_statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_graph(model))
-    if callable(getattr(model, "features", None)):
-        apply.features = pure(lambda model, inputs: model.features(inputs))
     return apply, params
 
 
