@@ -278,9 +278,11 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     for name in _POSITIVE:
         value = _value(cfg, name, 1)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        learned = name == "evaluation.step_size" and value is None and "step_size" not in cfg.algorithm
-        if not learned and not isinstance(value, DictConfig) and not (number and value > 0):  # a mapping is a schedule
+        if isinstance(value, DictConfig):  # a schedule
+            continue
+        if name == "evaluation.step_size" and value is None and "step_size" not in cfg.algorithm:  # learned
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise ValueError(f"{name}={value!r}: give a positive number")
     budget = _value(cfg, "trainer.memory_gb", None)
     if budget is not None and not budget > 0:

@@ -129,16 +129,13 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
                 "parameter_distance: this inner loop has parameters of its own, which no distance moves (learned step sizes, "
                 "low_rank); use query_loss, or inner_loop.carried_state"
             )
-        value = sum(jnp.sum(jnp.square(x - lax.stop_gradient(y))) for x, y in _pairs(meta_params, end)) / 2
+        squares = jax.tree.map(lambda x, y: jnp.sum(jnp.square(x - lax.stop_gradient(y))), meta_params, end)
+        value = jax.tree.reduce(jnp.add, squares) / 2
         params = lax.stop_gradient(with_norm(adapted.params, task.support, norm))
         _, metrics = loss(params, task.query, key_query)
         return value, _prefix("query", metrics) | _before(adapted)
 
     return objective
-
-
-def _pairs(one: Params, other: Params) -> zip:
-    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
 
 
 def check_norm(norm: str) -> None:

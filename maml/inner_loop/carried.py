@@ -61,12 +61,12 @@ def _float(x: jax.Array) -> jax.Array:
 def _on_both(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer, on parameters together with its own state."""
 
-    def init(both):
-        del both
+    def init(params):
+        del params
         return optax.EmptyState()
 
-    def update(updates, state, both=None):
-        assert both is not None
+    def update(updates, state, params: Any = None):
+        both = params
         like = jax.eval_shape(optimizer.init, both.params)
         own = jax.tree.map(lambda x, kind: x.astype(kind.dtype), both.state, like)
         moved, new = optimizer.update(updates.params, own, both.params)

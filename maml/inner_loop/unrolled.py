@@ -66,8 +66,7 @@ def unroll(
 
             def step(carry, of_step):
                 params, state = carry
-                key_step, number = of_step if indexed else (of_step, None)
-                batch = Indexed(support, number, key) if indexed else support
+                key_step, batch = (of_step[0], Indexed(support, of_step[1], key)) if indexed else (of_step, support)
                 grads, metrics = gradient(params, batch, key_step)
                 grads = checkpoint_name(grads, _GRADIENT)
                 updates, state = _update(optimizer, grads, state, params)

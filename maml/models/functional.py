@@ -24,6 +24,7 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     Raises:
       ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
     """
+    apply: Any
     apply, params = pure(model, lambda model, inputs: model(inputs))
     if callable(getattr(model, "features", None)):
         apply.features, _ = pure(model, lambda model, inputs: model.features(inputs))
