@@ -139,6 +139,8 @@ def learner(cfg: DictConfig) -> Learner:
     step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
     with _fitting(cfg):
         adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
+        if hasattr(adapt, "carried") and OmegaConf.select(cfg, "optimizer._target_") != "optax.partition":
+            raise ValueError("its inner optimizer's state needs an outer step of its own: give optimizer=reptile")
         state = train.init(initial(adapt, params, key_for(root, "init/inner")), optimizer, root)
         jax.eval_shape(step, state, as_argument(sampler))
     return Learner(apply, loss, sampler, step, state)
@@ -146,12 +148,13 @@ def learner(cfg: DictConfig) -> Learner:
 
 @contextmanager
 def _fitting(cfg: DictConfig) -> Iterator[None]:
-    """Name algorithm and model where the one asks for what the other has not."""
+    """Name the parts where one asks for what another has not."""
     try:
         yield
     except ValueError as error:
-        model = OmegaConf.select(cfg, "model._target_", default="?").removeprefix("maml.models.")
-        raise ValueError(f"algorithm {cfg.algorithm.name} does not fit model {model}: {error}") from error
+        model, optimizer = (OmegaConf.select(cfg, f"{part}._target_", default="?") for part in ("model", "optimizer"))
+        parts = f"model {model.removeprefix('maml.models.')} and optimizer {optimizer}"
+        raise ValueError(f"algorithm {cfg.algorithm.name} does not fit {parts}: {error}") from error
 
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:

@@ -191,17 +191,18 @@ def test_what_the_inner_loop_moves(algorithm, model):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algorithm=cavia"], "algorithm cavia does not fit model MLP: .*selects no parameter"),
+        (["algorithm=cavia"], "algorithm cavia does not fit model MLP and .*: .*selects no parameter"),
         (
             ["algorithm=maml_pp", "evaluation.steps=5"],
-            "algorithm maml_pp does not fit model MLP: .*selects no parameter",
+            "algorithm maml_pp does not fit model MLP and .*: .*selects no parameter",
         ),
-        (["algorithm=protonet"], "algorithm protonet does not fit model MLP: .*labels"),
+        (["algorithm=protonet"], "algorithm protonet does not fit model MLP and .*: .*labels"),
         (
             ["algorithm=lora", "algorithm.where=convs"],
-            "algorithm lora does not fit model MLP: where='convs' finds no matrix",
+            "algorithm lora does not fit model MLP and .*: where='convs' finds no matrix",
         ),
-        (["algorithm=reptile", "algorithm.batch=0"], "size=0"),
+        (["algorithm=reptile", "optimizer=reptile", "algorithm.batch=0"], "size=0"),
+        (["algorithm=reptile"], "algorithm reptile does not fit .*optimizer optax.adam: .*give optimizer=reptile"),
         (["algorithm=imaml", "algorithm.strength=0.0"], "strength=0"),
         (["algorithm=meta_sgd", "algorithm.initial_step_size=[0.2,0.1]"], "initial="),
     ],

@@ -87,7 +87,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ("trainer.stepz=5", ["trainer.stepz", "Key 'stepz' not in 'Trainer'"]),
         ("taks=sinusoid", ["taks"]),
         ("task.shotz=5", ["task.shotz"]),
-        ("model=nothing", ["model/nothing", "Available options", "conv4 conv4_max_pool", "mlp mlp_batch_norm"]),
+        ("model=nothing", ["model/nothing", "Available options", "conv4_max_pool", "mlp mlp_batch_norm"]),
         ("experiment=nothing", ["experiment/nothing", "sinusoid_oracle"]),
         ("trainer.steps=five", ["trainer.steps=five", "'five' of type 'str' could not be converted to Integer"]),
         ("seed=none", ["seed=none", "could not be converted to Integer"]),

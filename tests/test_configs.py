@@ -53,6 +53,9 @@ TABLE_1 = {
     "omniglot_20way_5shot_conv": (0.989, 0.002),
 }
 
+TASKS = {"meta_sgd_sinusoid": 10000, "cavia_sinusoid": 1000}
+"""Of the evaluation, where they are not 600."""
+
 # Finn et al. 2017, Table 2: mean squared error after 1, 5, 10 steps, 5 shots.
 TABLE_2 = {"maml": (0.67, 0.38, 0.35), "joint": (2.41, 2.23, 2.19)}
 
@@ -170,7 +173,7 @@ def test_every_experiment_is_built(name):
     cfg = config(f"experiment={name}")
     learner = build.learner(cfg)
     protocol, _ = build.evaluation(cfg, learner)
-    assert protocol.tasks == 600
+    assert protocol.tasks == TASKS.get(name, 600)
     assert jax.tree.leaves(learner.state.params)
 
 
@@ -212,11 +215,22 @@ def test_every_model_runs_inductively(name):
     two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")
 
 
-@pytest.mark.parametrize("name", NAMES["algorithm"])
-def test_every_algorithm_runs(name):
+@pytest.mark.parametrize("name", ["fomaml", "joint", "maml", "maml_on_grid"])
+def test_every_algorithm_runs(name):  # as a whole the family is in test_algorithms.py
     logged, metrics = two_steps(f"algorithm={name}")
     assert ("support/loss" in logged[1]) == (config(f"algorithm={name}").algorithm.steps > 0)
     assert metrics["step_1/loss"] != metrics["step_0/loss"]
+
+
+# shots (4 are those of training), tasks, queries per class, norm
+PROTOCOLS = {
+    "finn2017": (4, 600, 4, "batch"),
+    "finn2017_sinusoid": (5, 600, 5, "batch"),
+    "mamlpp": (4, 600, 1, "batch"),
+    "protonet": (4, 1000, 15, "batch"),
+    "reptile": (1, 10000, 1, "joint"),
+    "strict": (4, 6000, 15, "support"),
+}
 
 
 @pytest.mark.parametrize("name", NAMES["evaluation"])
@@ -225,10 +239,8 @@ def test_every_evaluation_has_the_protocol_of_its_file(name):
     cfg = config(f"evaluation={name}", "task=omniglot", "task.shots=4")
     protocol = build.build_protocol(cfg)
     assert protocol.ways == 5
-    assert protocol.shots == (5 if "sinusoid" in name else 4)
-    assert protocol.tasks == (6000 if name == "strict" else 600)
-    assert protocol.norm == ("support" if name == "strict" else "batch")
-    assert protocol.queries == (15 if name == "strict" else protocol.shots)
+    shots, tasks, queries, norm = PROTOCOLS[name]
+    assert (protocol.shots, protocol.tasks, protocol.queries, protocol.norm) == (shots, tasks, queries, norm)
 
 
 # --- what the papers say ---
@@ -261,7 +273,7 @@ def test_head_comments_give_command_the_papers_number_and_ours(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_settings_and_figures_are_those_of_the_paper(name):
     cfg = config(f"experiment={name}")
-    assert cfg.evaluation.tasks == 600
+    assert cfg.evaluation.tasks == TASKS.get(name, 600)
     assert cfg.evaluation.split == "meta_test"
     assert cfg.optimizer.learning_rate == 1e-3
     if name not in SETTINGS:

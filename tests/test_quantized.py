@@ -56,7 +56,7 @@ def inputs(*shape: int):
 def test_an_mlp_multiplies_quantized_inputs_and_kernels():
     model, x = mlp(), inputs(5, 3)
     apply, params = functional(quantize(model, KERNEL, INPUT))
-    first, second = (layer.kernel[...] for layer in model.layers)
+    first, second = (layer.kernel[...] for layer in (model.layers[0], model.head))
     hidden = jax.nn.relu(INPUT(x) @ KERNEL(first))
     whole, some = jax.jit(lambda p: (apply(p, x), apply(p, x[1:3])))(params)
     np.testing.assert_allclose(whole, INPUT(hidden) @ KERNEL(second), atol=1e-6)

@@ -346,7 +346,7 @@ def test_the_config_is_shown_from_any_directory(tmp_path):
 def test_help_names_the_groups():
     ended = main("--help")
     assert ended.code == 0
-    for group in ("algorithm: fomaml, joint, maml", "model: conv4", "experiment: omniglot_20way_1shot_conv"):
+    for group in ("fomaml, imaml, joint, linear_probe", "model: conv4", "omniglot_20way_1shot_conv"):
         assert group in ended.out
 
 
