@@ -1,6 +1,5 @@
 """A run directory: what identifies a run, where it was left, and the summary of what came out."""
 
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -119,7 +118,7 @@ def summarize(
     """Everything that must travel with the numbers."""
     return {
         "metrics": {f"{protocol.split}/{k}": as_json(v) for k, v in metrics.items()},
-        "protocol": dataclasses.asdict(protocol),
+        "protocol": protocol.as_dict(),
         "protocol_hash": protocol.hash,
         "params_sha256": digest(params),
         "seed": cfg.seed,

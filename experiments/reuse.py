@@ -158,7 +158,7 @@ def reuse(
     return {
         "algorithm": cfg.algorithm.name,
         "meta_step": step,
-        "protocol": dataclasses.asdict(protocol),
+        "protocol": protocol.as_dict(),
         "protocol_hash": protocol.hash,
         "similarity_tasks": tasks,
         "similarity": similarity(cfg, learner, params, dataclasses.replace(protocol, tasks=tasks, queries=queries)),

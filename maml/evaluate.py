@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,15 +61,14 @@ class Protocol:
             raise ValueError(f"evaluation.steps={self.steps}: give 0 or more")
         check_norm(self.norm)
 
+    def as_dict(self) -> dict[str, Any]:
+        """What is written, and hashed. Without `prototypes` where there are none: hashes from before there were any hold."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "prototypes" or v is not None}
+
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits that name the protocol."""
-        values = dataclasses.asdict(self)
-        if self.prototypes is None:
-            del values[
-                "prototypes"
-            ]  # a hash that was printed before there were prototypes is still that of its protocol
-        text = json.dumps(values, sort_keys=True)
+        text = json.dumps(self.as_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

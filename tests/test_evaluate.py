@@ -75,9 +75,10 @@ def test_the_hash_names_the_protocol():
             {"steps": 4},
             {"seed": 0},
             {"ways": 5},
+            {"prototypes": "cosine"},
         )
     }
-    assert len(hashes) == 8
+    assert len(hashes) == 9
     assert Protocol(**dataclasses.asdict(PROTOCOL)).hash == PROTOCOL.hash
     assert len(PROTOCOL.hash) == 8
 
