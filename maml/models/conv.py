@@ -80,7 +80,7 @@ class Conv4(nnx.Module):
         for i, conv in enumerate(self.convs):
             x = self.norms[i](conv(x)) if self.norms else conv(x)
             if self.film and self.context is not None and i == 2:
-                factor, offset = jnp.split(self.film(self.context[...]), 2)
+                factor, offset = jnp.split(self.film(self.context[...])[None, None, None], 2, -1)
                 x = x * (1 + factor) + offset
             if self.pool == "stride":
                 x = self.activation(x)
