@@ -10,7 +10,7 @@ from flax import nnx
 
 from maml.models import MLP, Conv4, functional
 from maml.models.conv import _max_pool
-from maml.types import Conditioned
+from maml.types import Conditioned, Joint
 from tests.helpers import central_difference, dot, random_like
 
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
@@ -122,6 +122,18 @@ def test_inductive_predictions_do_not_change_by_a_bit(name, norm):
     np.testing.assert_array_equal(predict(query[order]), whole[order])
     for keep in ([0], [2, 5], [1, 2, 3, 4, 5, 6]):
         np.testing.assert_array_equal(predict(query[np.array(keep)]), whole[keep])
+
+
+def test_joint_statistics_are_those_of_the_reference_and_the_one_input():
+    """Reptile without transduction: each input is the last of a batch with the reference, and sees no other input."""
+    model = MLP((3,), 2, hidden=(4,), norm=offset, kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(1))
+    apply, params = functional(model)
+    support, query = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
+    predict = jax.jit(lambda q: apply(Joint(params, support), q))
+    expected = [apply(params, np.concatenate([support, x[None]]))[-1] for x in query]
+    np.testing.assert_allclose(predict(query), expected, atol=1e-5)
+    np.testing.assert_array_equal(predict(query[::-1])[::-1], predict(query))
+    np.testing.assert_array_equal(predict(query[2:3])[0], predict(query)[2])
 
 
 def test_inductive_statistics_are_those_of_the_reference():

@@ -60,7 +60,8 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
 
         def alone(x):
             x = x[None] if isinstance(params, Conditioned) else jnp.concatenate([reference, x[None]])
-            return jax.tree.map(lambda y: y[-1], call(nnx.merge(settled, state), x))
+            here = jax.tree.map(lambda s: s, state)  # variables of this trace: batch norm writes to them
+            return jax.tree.map(lambda y: y[-1], call(nnx.merge(settled, here), x))
 
         return lax.map(alone, inputs)
 
