@@ -138,7 +138,7 @@ def learner(cfg: DictConfig) -> Learner:
     size, chunk = cfg.trainer.meta_batch, cfg.trainer.task_chunk
     step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
     with _fitting(cfg):
-        adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
+        adapt = inner_loop(cfg)
         if hasattr(adapt, "carried") and OmegaConf.select(cfg, "optimizer._target_") != "optax.partition":
             raise ValueError("its inner optimizer's state needs an outer step of its own: give optimizer=reptile")
         state = train.init(initial(adapt, params, key_for(root, "init/inner")), optimizer, root)
@@ -159,8 +159,11 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
     """The algorithm's objective of a loss: that of the task, or one made from it."""
-    adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
-    return instantiate(cfg.algorithm.objective, _convert_="all")(loss, adapt)
+    return instantiate(cfg.algorithm.objective, _convert_="all")(loss, inner_loop(cfg))
+
+
+def inner_loop(cfg: DictConfig) -> Adapt:
+    return instantiate(cfg.algorithm.adapt, _convert_="all")
 
 
 def with_derivative(cfg: DictConfig, name: str) -> DictConfig:
@@ -231,7 +234,7 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
     cfg.algorithm.steps = protocol.steps
     if "step_size" in cfg.algorithm:
         cfg.algorithm.step_size = step_size
-    adapt = instantiate(cfg.algorithm.adapt, _convert_="all")
+    adapt = inner_loop(cfg)
     return with_prototypes(adapt, protocol.prototypes) if protocol.prototypes else adapt
 
 
@@ -243,9 +246,11 @@ def evaluation(cfg: DictConfig, learner: Learner, **changes: Any) -> tuple[Proto
     Raises:
       ValueError: for sizes that a split has not, and for an inner loop of other steps than the protocol's.
     """
-    protocol = build_protocol(cfg, **changes)
-    params = learner.state.params
-    parts = protocol_sampler(cfg, protocol), learner.loss, build_adapt(cfg, protocol), protocol
+    protocol, params = build_protocol(cfg, **changes), learner.state.params
+    adapt, ways = build_adapt(cfg, protocol), cfg.task.get("ways")
+    if protocol.ways != ways and not getattr(adapt, "fewer_ways", False):
+        raise ValueError(f"evaluation.ways={protocol.ways}: training has task.ways={ways}; make them equal")
+    parts = protocol_sampler(cfg, protocol), learner.loss, adapt, protocol
     check_sizes(params, *parts)
     return protocol, evaluator(*parts, train.chunk_size("auto", protocol.tasks, params))
 
@@ -296,11 +301,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
     ways = cfg.task.get("ways")
-    head = "with_prototypes" in str(OmegaConf.select(cfg, "algorithm.adapt._target_")) or cfg.evaluation.get(
-        "prototypes"
-    )
-    fewer = head and cfg.evaluation.ways and ways and cfg.evaluation.ways < ways
-    if cfg.evaluation.ways != ways and not fewer:
+    if (cfg.evaluation.ways is None) != (ways is None) or (ways and cfg.evaluation.ways > ways):
         raise ValueError(f"evaluation.ways={cfg.evaluation.ways}: training has task.ways={ways}; make them equal")
 
 

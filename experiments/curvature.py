@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments import build
@@ -98,7 +97,7 @@ def inner_loop(cfg: DictConfig) -> Adapt:
         raise ValueError(
             f"diagnostics.curvature: algorithm {cfg.algorithm.name} takes no inner steps; set every=0, or steps"
         )
-    return instantiate(build.with_derivative(cfg, "reverse").algorithm.adapt, _convert_="all")
+    return build.inner_loop(build.with_derivative(cfg, "reverse"))
 
 
 def moved_hessian(

@@ -8,7 +8,6 @@ meta-training; the inner loop is the algorithm's own. What a loss or an algorith
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import build, curvature, diagnostics
-from experiments.program import REFUSALS, refuse, write
+from experiments import build, curvature, diagnostics, results
+from experiments.program import on_run, write
 from maml import plots, train
 from maml.checkpoint import Checkpoints
 from maml.random import keys_for
@@ -36,9 +35,7 @@ def load(directory: Path, overrides: Sequence[str]) -> tuple[DictConfig, build.L
       ValueError: for a directory without checkpoints, and keys that are not of the diagnostics.
     """
     checkpoints = Checkpoints(directory / "checkpoints")
-    config = checkpoints.config()
-    if config is None:
-        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
+    config = results.saved_config(checkpoints)
     defaults = OmegaConf.load(CONF / "config.yaml")
     cfg = OmegaConf.merge({"diagnostics": defaults.diagnostics}, dict(config))  # also of runs that had none
     cfg.diagnostics = OmegaConf.merge(OmegaConf.structured(build.Diagnostics), cfg.diagnostics)
@@ -197,17 +194,13 @@ def save(directory: Path, report: dict[str, Any]) -> Path:
     return directory / "report.md"
 
 
+def written(directory: Path, overrides: Sequence[str]) -> str:
+    path = save(directory / "diagnosis", diagnose(*load(directory, overrides)))
+    return f"{path.read_text()}\n{path}"
+
+
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    try:
-        directory = Path(sys.argv[1].removeprefix("run=")).expanduser()
-        path = save(directory / "diagnosis", diagnose(*load(directory, sys.argv[2:])))
-    except REFUSALS as error:
-        refuse(error)
-    print(path.read_text())
-    print(path)
+    on_run(__doc__, written)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ steps and step size: give evaluation.steps= to change them); prints the numbers 
 them to RUN_DIRECTORY/evaluations/<protocol hash>.json.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, results
-from experiments.program import REFUSALS, refuse
+from experiments.program import on_run
 from maml import train
 from maml.checkpoint import Checkpoints
 from maml.types import Params
@@ -31,6 +30,8 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises:
       ValueError: for an unknown protocol or key, and for keys that would change what was trained.
     """
+    typed = OmegaConf.structured(build.Evaluation)
+    cfg.evaluation = OmegaConf.merge(typed, cfg.evaluation)  # with the keys that an older run had not
     for override in overrides:
         key, separator, value = override.partition("=")
         if key == "evaluation":
@@ -42,14 +43,13 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 "steps": cfg.evaluation.steps,
                 "step_size": cfg.evaluation.step_size,
             }  # of the algorithm, not of the protocol
-            cfg.evaluation = OmegaConf.merge(OmegaConf.load(path), kept)
+            cfg.evaluation = OmegaConf.merge(typed, OmegaConf.load(path), kept)
         elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
             raise ValueError(
                 f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, or task.data_dir=DIR"
             )
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))
-    cfg.evaluation = OmegaConf.merge(OmegaConf.structured(build.Evaluation), cfg.evaluation)
     return cfg
 
 
@@ -60,10 +60,7 @@ def load(directory: Path, overrides: Sequence[str] = ()) -> tuple[DictConfig, bu
       ValueError: for a directory without checkpoint or overrides that are refused.
     """
     checkpoints = Checkpoints(directory / "checkpoints")
-    config = checkpoints.config()
-    if config is None:
-        raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'}; give the directory of a run")
-    cfg = changed(OmegaConf.create(dict(config)), overrides)
+    cfg = changed(OmegaConf.create(dict(results.saved_config(checkpoints))), overrides)
     learner = build.learner(cfg)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     step, progress = checkpoints.restore(progress) or (0, progress)
@@ -84,18 +81,15 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
     return summary | {"step": step}
 
 
+def written(directory: Path, overrides: Sequence[str]) -> str:
+    summary = evaluate_run(directory, overrides)
+    (directory / "evaluations").mkdir(exist_ok=True)
+    results.save(directory / "evaluations" / f"{summary['protocol_hash']}.json", summary)
+    return results.table(summary)
+
+
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    try:
-        directory = Path(sys.argv[1].removeprefix("run=")).expanduser()
-        summary = evaluate_run(directory, sys.argv[2:])
-        (directory / "evaluations").mkdir(exist_ok=True)
-        results.save(directory / "evaluations" / f"{summary['protocol_hash']}.json", summary)
-    except REFUSALS as error:
-        refuse(error)
-    print(results.table(summary))
+    on_run(__doc__, written)
 
 
 if __name__ == "__main__":

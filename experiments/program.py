@@ -5,7 +5,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +72,18 @@ def run_program(job: Job) -> None:
         refuse(OSError(f"hydra.run.dir (with -m hydra.sweep.dir): {cause}; give a directory that can be written"))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def on_run(usage: str | None, act: Callable[[Path, Sequence[str]], str]) -> None:
+    """A program on a run directory: print act(directory, other arguments), or one line of refusal; without any the usage."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(usage)
+        sys.exit(0 if len(sys.argv) > 1 else BAD_INPUT)
+    try:
+        text = act(Path(sys.argv[1].removeprefix("run=")).expanduser(), sys.argv[2:])
+    except REFUSALS as error:
+        refuse(error)
+    print(text)
 
 
 def _refusing(job: Job) -> Job:

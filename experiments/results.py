@@ -57,6 +57,19 @@ def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != "resume"}
 
 
+def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
+    """The config that checkpoints were saved with.
+
+    Raises:
+      ValueError: where there are none.
+    """
+    config = checkpoints.config()
+    if config is None:
+        directory = checkpoints.directory
+        raise ValueError(f"{directory.parent}: no checkpoint in {directory}; give the directory of a run")
+    return config
+
+
 def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
     """The progress that was saved in the run's own directory, else in `cfg.resume`, else the one that is given.
 

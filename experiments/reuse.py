@@ -12,7 +12,6 @@ for regression): CCA needs more examples than both sides have features. The froz
 
 import dataclasses
 import json
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from omegaconf import DictConfig
 
 from experiments import build, diagnostics
 from experiments.evaluate import load
-from experiments.program import REFUSALS, refuse, write
+from experiments.program import on_run, write
 from experiments.results import as_json
 from maml import plots
 from maml.evaluate import Protocol, evaluate
@@ -37,7 +36,7 @@ from maml.objectives import with_norm
 from maml.random import keys_for
 from maml.similarity import cca, cka
 from maml.train import chunk_size
-from maml.types import Adapt, Adapted, Loss, Params, Sampler, Trace, as_argument
+from maml.types import Adapt, Adapted, Loss, Params, Sampler, Trace, as_argument, leaf_name
 
 Rows = list[dict[str, Any]]
 
@@ -133,16 +132,12 @@ def freeze(stays: Callable[[str], bool], adapt: Adapt) -> Adapt:
         fixed = jax.tree.map(lambda x: x[0], adapt(loss, params, support, key).trace.params)
 
         def join(moved):
-            return jax.tree.map_with_path(lambda path, x, y: x if stays(_name(path)) else y, fixed, moved)
+            return jax.tree.map_with_path(lambda path, x, y: x if stays(leaf_name(path)) else y, fixed, moved)
 
         adapted = adapt(composed(loss, join), params, support, key)
         return Adapted(join(adapted.params), Trace(jax.vmap(join)(adapted.trace.params), adapted.trace.metrics))
 
     return adapt_rest
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 # --- the report ---
@@ -254,18 +249,14 @@ def sizes(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     return found, others
 
 
+def written(directory: Path, arguments: Sequence[str]) -> str:
+    numbers, overrides = sizes(arguments)
+    path = save(directory / "reuse", reuse(directory, **numbers, overrides=overrides))
+    return f"{path.read_text()}\n{path}"
+
+
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    try:
-        directory = Path(sys.argv[1].removeprefix("run=")).expanduser()
-        numbers, overrides = sizes(sys.argv[2:])
-        path = save(directory / "reuse", reuse(directory, **numbers, overrides=overrides))
-    except REFUSALS as error:
-        refuse(error)
-    print(path.read_text())
-    print(path)
+    on_run(__doc__, written)
 
 
 if __name__ == "__main__":

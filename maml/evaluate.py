@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
+from maml.inner_loop import check_kind
 from maml.metrics import Interval, interval
 from maml.objectives import check_norm, with_norm
 from maml.random import keys_for
@@ -38,7 +39,7 @@ class Protocol:
         centroids, or NIL, with 0 steps. None: it is the one that was learned.
 
     Raises:
-      ValueError: for sizes that are not positive, negative steps, an unknown norm.
+      ValueError: for sizes that are not positive, negative steps, an unknown norm or kind of prototypes.
     """
 
     split: str = "meta_test"
@@ -60,6 +61,8 @@ class Protocol:
         if self.steps < 0:
             raise ValueError(f"evaluation.steps={self.steps}: give 0 or more")
         check_norm(self.norm)
+        if self.prototypes is not None:
+            check_kind(self.prototypes)
 
     def as_dict(self) -> dict[str, Any]:
         """What is written, and hashed. Without `prototypes` where there are none: hashes from before there were any hold."""

@@ -65,11 +65,8 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
             grads = jax.grad(loss, has_aux=True)(phi, support, key)[0]
             return jax.tree.map(lambda g, p, q: g + strength * (p - q), grads, phi, params)
 
-        def damped(phi):
-            return jax.tree.map(lambda g, p: g + damping * p, slope(phi), phi)
-
-        end, product = slope(found), jax.linearize(damped, found)[1]
-        optimum = _at_root(cg_steps, found, end, lax.stop_gradient(product))
+        end, product = jax.linearize(slope, found)
+        optimum = _at_root((cg_steps, damping), found, end, lax.stop_gradient(product))
         start = optax.tree.norm(slope(fixed))
         left = lax.stop_gradient(optax.tree.norm(end) / jnp.where(start > 0, start, 1))
         steps = len(jax.tree.leaves(path)[0]) - 1
@@ -80,19 +77,21 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _at_root(cg_steps: int, found: Params, slope: Params, product: Callable) -> Params:
+def _at_root(how: tuple[int, float], found: Params, slope: Params, product: Callable) -> Params:
     """`found`, with the derivative of a root: F(φ, z) = 0 gives dφ = -(∂F/∂φ)⁻¹ ∂F/∂z dz, where F is `slope`."""
-    del cg_steps, slope, product
+    del how, slope, product
     return found
 
 
-def _at_root_forward(cg_steps, found, slope, product):
-    del cg_steps, slope
+def _at_root_forward(how, found, slope, product):
+    del how, slope
     return found, product
 
 
-def _at_root_backward(cg_steps, product, v):
-    return None, jax.tree.map(jnp.negative, _cg(product, v, cg_steps)), None
+def _at_root_backward(how, product, v):
+    cg_steps, damping = how
+    w = _cg(lambda u: jax.tree.map(lambda h, x: h + damping * x, product(u), u), v, cg_steps)
+    return None, jax.tree.map(jnp.negative, w), None
 
 
 _at_root.defvjp(_at_root_forward, _at_root_backward)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from maml.types import Apply, Batch, Conditioned, Joint, Key, Loss, Metrics, Params, Transitions
+from maml.types import Apply, Batch, Conditioned, Joint, Key, Loss, Metrics, Params, Transitions, leaf_name
 
 
 def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
@@ -194,7 +194,7 @@ def _owners(params: Params, patterns: Sequence[str]) -> list[str]:
     """For each leaf the one pattern that its path fits."""
     owners = []
     for path, _ in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaf_name(path)
         found = [pattern for pattern in patterns if re.search(pattern, name)]
         if len(found) != 1:
             raise ValueError(f"losses: the parameter {name} fits {found} of {list(patterns)}; let it fit exactly one")

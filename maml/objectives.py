@@ -121,9 +121,11 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
     def objective(meta_params, task, key, step):
         del step
         key_adapt, key_query = jax.random.split(key)
-        adapted = adapt(loss, meta_params, task.support, key_adapt)
-        carried = getattr(adapt, "carried", None)
-        end = carried(loss, meta_params, task.support, key_adapt) if carried else adapted.params
+        if carried := getattr(adapt, "carried", None):
+            adapted, end = carried(loss, meta_params, task.support, key_adapt)
+        else:
+            adapted = adapt(loss, meta_params, task.support, key_adapt)
+            end = adapted.params
         if jax.tree.structure(end) != jax.tree.structure(meta_params):
             raise ValueError(
                 "parameter_distance: this inner loop has parameters of its own, which no distance moves (learned step sizes, "

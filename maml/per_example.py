@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from optax.microbatching import AccumulationType, micro_grad
 
-from maml.types import Batch, Key, Loss, Objective, Params, Task
+from maml.types import Batch, Key, Loss, Objective, Params, Task, leaf_name
 
 LOG_NORM_BINS = np.linspace(-8.0, 4.0, 25)
 """Edges of histograms of log10 of gradient norms: fixed, so that those of different steps and runs can be compared."""
@@ -217,9 +217,7 @@ def _layers(gradients: Params) -> dict[str, jax.Array]:
 
 
 def _layer(path: tuple) -> str:
-    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    if parts[-1] == "value" and len(parts) > 1:  # an nnx.Variable's own
-        parts = parts[:-1]
+    parts = leaf_name(path).split("/")
     return "/".join(parts[:-1] or parts) or "params"
 
 

@@ -124,10 +124,30 @@ class Adapt(Protocol):
     def __call__(self, loss: Loss, params: Params, support: Batch, key: Key, /) -> Adapted: ...
 
 
+def leaf_name(path: tuple) -> str:
+    """A key path as "layers/0/kernel", without the `value` at the end of an NNX variable's own."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
+
+
 def initial(adapt: Adapt, params: Params, key: Key) -> Params:
     """The meta-parameters of an inner loop on a model's parameters: these, or what the loop makes of them (`MetaParams`)."""
     make = getattr(adapt, "init", None)
     return make(params, key) if make else params
+
+
+def own(meta_params: Params) -> "MetaParams":
+    """The meta-parameters of an inner loop that has some of its own.
+
+    Raises:
+      ValueError: for plain parameters of a model.
+    """
+    if not isinstance(meta_params, MetaParams):
+        raise ValueError(
+            f"this inner loop takes MetaParams, and got {type(meta_params).__name__}: make them with "
+            "maml.types.initial(adapt, params, key)"
+        )
+    return meta_params
 
 
 def roles(meta_params: Params) -> Params:

@@ -83,7 +83,9 @@ def test_the_hash_names_the_protocol():
     assert len(PROTOCOL.hash) == 8
 
 
-@pytest.mark.parametrize("wrong", [{"tasks": 0}, {"shots": -1}, {"queries": 0}, {"steps": -1}, {"norm": "running"}])
+@pytest.mark.parametrize(
+    "wrong", [{"tasks": 0}, {"shots": -1}, {"queries": 0}, {"steps": -1}, {"norm": "running"}, {"prototypes": "l1"}]
+)
 def test_a_wrong_protocol_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Protocol(**wrong)

@@ -44,6 +44,19 @@ def test_optimum_and_meta_gradient_are_the_closed_form(strength):
     np.testing.assert_allclose(mean_gradient(adapt, jnp.asarray(theta), tasks), gradient, rtol=1e-8)
 
 
+def test_damping_is_in_the_solve_alone():
+    """λ(A + λI + dI)⁻¹C(φ* - c) at the optimum without damping."""
+    tasks, theta = quadratics(seed=3), np.arange(4.0)
+    optima, _ = closed(tasks, theta, 0.5)
+    expected = []
+    for i, optimum in enumerate(optima):
+        support, query = (Quadratic(*(np.asarray(x[i]) for x in side)) for side in tasks)
+        outer = query.curvature @ (optimum - query.center)
+        expected.append(0.5 * np.linalg.solve(support.curvature + (0.5 + 0.7) * np.eye(4), outer))
+    adapt = implicit(unroll(optax.sgd(0.3), 200), 0.5, cg_steps=4, damping=0.7)
+    np.testing.assert_allclose(mean_gradient(adapt, jnp.asarray(theta), tasks), np.mean(expected, 0), rtol=1e-8)
+
+
 def test_the_error_falls_with_inner_steps_and_with_conjugate_gradients():
     tasks, theta = quadratics(seed=3), np.arange(4.0)
     _, exact = closed(tasks, theta, 0.5)

@@ -12,6 +12,8 @@ from maml.models import MLP, Conv4, activations, blocks, functional, quantize
 from maml.quantization import kernel_quantizer
 from maml.types import Conditioned
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
 
 
@@ -37,8 +39,8 @@ def inputs(*shape):
 def test_outputs_are_those_of_the_layers_in_order_of_execution():
     model, x = Odd(nnx.Rngs(0)), inputs(5, 4)
     f, (apply, params) = activations(model), functional(model)
-    for outputs in (f(params, x), jax.jit(f)(params, x)):
-        assert list(outputs) == ["z", "inner/m", "inner/m:2", "a"]
+    outputs = jax.jit(f)(params, x)
+    assert list(outputs) == list(f(params, x)) == ["z", "inner/m", "inner/m:2", "a"]
     normal = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-3)
     np.testing.assert_allclose(outputs["z"], model.z(normal), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outputs["inner/m:2"], model.inner["m"](outputs["inner/m"]), rtol=1e-4, atol=1e-5)
@@ -59,20 +61,19 @@ def test_the_module_and_its_apply_are_left_as_they_were():
     ("model", "shape", "layers"),
     [
         (partial(MLP, hidden=(6, 6), norm=offset), (4, 4, 1), 3),
-        (partial(Conv4, filters=4, norm=offset), (16, 16, 1), 5),
         (partial(Conv4, filters=4, norm=offset, pool="max"), (16, 16, 1), 5),
     ],
-    ids=["mlp", "stride", "max"],
+    ids=["mlp", "conv4"],
 )
 def test_of_our_networks_with_either_batch_norm(model, shape, layers):
     model, x, reference = model(shape, 3, rngs=nnx.Rngs(0)), inputs(7, *shape), 1 + inputs(4, *shape)
     f, (apply, params) = activations(model), functional(model)
     names = []
     for given in (params, Conditioned(params, reference)):
-        outputs = jax.jit(f)(given, x)
+        outputs, predictions = jax.jit(lambda p: (f(p, x), apply(p, x)))(given)
         assert len(outputs) == layers
         assert {len(y) for y in outputs.values()} == {7}
-        np.testing.assert_allclose(list(outputs.values())[-1], jax.jit(apply)(given, x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(list(outputs.values())[-1], predictions, rtol=1e-4, atol=1e-5)
         names.append(list(outputs))
     assert names[0] == names[1] == list(blocks(model, x))
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from maml.derivatives import first_order, mixed, reverse
+from maml.derivatives import equations, first_order, mixed, reverse
 from maml.inner_loop import (
     carried_state,
     from_zero,
@@ -172,7 +172,7 @@ def test_factors_of_full_rank_reach_what_the_kernel_reaches():
 @pytest.mark.usefixtures("x64")
 def test_factors_move_alone_keep_their_rank_and_have_the_right_meta_gradient():
     apply, params = network(hidden=(5, 4))
-    adapt = low_rank(1, unroll(optax.sgd(0.1), 3), where="layers.*kernel", scale=2.0)
+    adapt = low_rank(1, unroll(optax.sgd(0.1), 3), where="layers/[01]/kernel$", scale=2.0)
     meta, task = initial(adapt, params, KEY), regression()
     moved = jax.tree.map(jnp.subtract, adapt(mse(apply), meta, task.support, KEY).params, params)
     assert np.linalg.matrix_rank(moved["layers"][1]["kernel"][...], tol=1e-9) == 1
@@ -181,7 +181,9 @@ def test_factors_move_alone_keep_their_rank_and_have_the_right_meta_gradient():
     check_gradient(query_loss(mse(apply), adapt), meta, task)
 
 
-def test_factors_refuse_ranks_and_patterns():
+def test_factors_refuse_ranks_patterns_and_plain_parameters():
+    with pytest.raises(ValueError, match="takes MetaParams, and got dict"):
+        low_rank(1, unroll(optax.sgd(0.1), 1))(mse(lambda p, x: x @ p["kernel"]), {"kernel": jnp.ones((2, 2))}, (), KEY)
     with pytest.raises(ValueError, match="rank=0"):
         low_rank(0, unroll(optax.sgd(0.1), 1))
     with pytest.raises(ValueError, match="where='conv' finds no matrix; the paths are"):
@@ -307,6 +309,15 @@ def test_reptile_moves_by_the_mean_displacement_and_carries_adams_state():
         assert float(meta.inner[0].count) == count
 
 
+def test_reptile_runs_its_inner_loop_once():
+    """The end that it moves to and the metrics that it reports are of one run: two loops would cost twice the time."""
+    adapt = carried_state(optax.adam(0.01), 20)
+    task = jax.tree.map(lambda x: x[0].astype(jnp.float32), quadratics(seed=4))
+    meta = initial(adapt, jnp.arange(4.0), KEY)
+    made = jax.make_jaxpr(lambda m: parameter_distance(quadratic_loss, adapt)(m, task, KEY, 0))(meta)
+    assert [eqn.params["length"] for eqn, _ in equations(made.jaxpr) if eqn.primitive.name == "scan"] == [19]
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_distance_is_reptiles_update_and_refuses_what_it_cannot_move():
     tasks = quadratics(seed=5)
@@ -385,7 +396,12 @@ def test_prototypes_ask_for_features_and_a_head():
             task.support,
             KEY,
         )
-    with pytest.raises(ValueError, match="kind='l1'"):
+    apply, params = functional(MLP((2,), 3, hidden=(4,), rngs=nnx.Rngs(0)))
+    headless = jax.tree.map(lambda x: x, params)
+    del headless["head"]["bias"]  # without it the classes are not at their distances
+    with pytest.raises(ValueError, match=r"with kernel and bias; this one has the method, and of 'head' \['kernel'\]"):
+        adapt(cross_entropy(apply), headless, task.support, KEY)
+    with pytest.raises(ValueError, match="prototypes: 'l1'"):
         with_prototypes(adapt, "l1")
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from maml.types import Params
+from maml.types import Params, leaf_name
 
 Function = Callable[[Params], Float[Array, ""]]
 
@@ -73,12 +73,7 @@ def hessian(f: Function, params: Params, *, limit: float = 2e9) -> LabelledMatri
 
 def paths(params: Params) -> dict[str, jax.Array]:
     """Leaves by path, such as "layers/0/kernel"."""
-    return {_path(path): leaf for path, leaf in jax.tree.flatten_with_path(params)[0]}
-
-
-def _path(path: tuple) -> str:
-    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts)  # an nnx.Variable's own
+    return {leaf_name(path): leaf for path, leaf in jax.tree.flatten_with_path(params)[0]}
 
 
 def _matching(names: list[str], pattern: str) -> list[str]:

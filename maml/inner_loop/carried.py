@@ -8,7 +8,7 @@ import optax
 
 from maml.inner_loop.parts import composed, minibatches
 from maml.inner_loop.unrolled import unroll
-from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace
+from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, own
 
 
 class _WithState(NamedTuple):
@@ -22,10 +22,10 @@ def carried_state(optimizer: optax.GradientTransformation, steps: int, batch: in
     """`unroll` whose optimizer starts each task with the state that tasks before left: Adam's moments in Reptile's code.
 
     The state is among the meta-parameters, `MetaParams(params, state)`. `objectives.parameter_distance` asks for what it should
-    become: `adapt.carried(loss, meta_params, support, key)` gives parameters and state after the steps. An outer step of
-    size 1 on it (`optax.partition` by `maml.types.roles`) makes it the mean over the tasks of a meta-batch. (In Reptile's code
-    these tasks come one after the other, and each starts with what the one before left.) In evaluation every task starts with the
-    state as it is.
+    become: `adapt.carried(loss, meta_params, support, key)` gives what `adapt` does, and parameters with state after the steps.
+    An outer step of size 1 on it (`optax.partition` by `maml.types.roles`) makes it the mean over the tasks of a meta-batch. (In
+    Reptile's code these tasks come one after the other, and each starts with what the one before left.) In evaluation every
+    task starts with the state as it is.
 
     Args:
       batch: examples of a minibatch (`minibatches`); None for all.
@@ -35,15 +35,13 @@ def carried_state(optimizer: optax.GradientTransformation, steps: int, batch: in
     if batch is not None:
         adapt = minibatches(batch, adapt)
 
-    def carried(loss: Loss, params: MetaParams, support, key) -> MetaParams:
-        return MetaParams(*both(loss, params, support, key).params)
+    def carried(loss: Loss, params, support, key) -> tuple[Adapted, MetaParams]:
+        adapted = adapt(composed(loss, lambda both: both.params), _WithState(*own(params)), support, key)
+        end, path = adapted.params, adapted.trace.params
+        return Adapted(end.params, Trace(path.params, adapted.trace.metrics)), MetaParams(*end)
 
-    def both(loss, params, support, key) -> Adapted:
-        return adapt(composed(loss, lambda both: both.params), _WithState(*params), support, key)
-
-    def adapt_plain(loss: Loss, params: MetaParams, support, key) -> Adapted:
-        adapted = both(loss, params, support, key)
-        return Adapted(adapted.params.params, Trace(adapted.trace.params.params, adapted.trace.metrics))
+    def adapt_plain(loss: Loss, params, support, key) -> Adapted:
+        return carried(loss, params, support, key)[0]
 
     def init(params, key):
         del key
@@ -66,10 +64,10 @@ def _on_both(optimizer: optax.GradientTransformation) -> optax.GradientTransform
         return optax.EmptyState()
 
     def update(updates, state, params: Any = None):
-        both = params
+        both: _WithState = params
         like = jax.eval_shape(optimizer.init, both.params)
-        own = jax.tree.map(lambda x, kind: x.astype(kind.dtype), both.state, like)
-        moved, new = optimizer.update(updates.params, own, both.params)
+        before = jax.tree.map(lambda x, kind: x.astype(kind.dtype), both.state, like)
+        moved, new = optimizer.update(updates.params, before, both.params)
         return _WithState(moved, jax.tree.map(lambda n, x: n.astype(x.dtype) - x, new, both.state)), state
 
     return optax.GradientTransformation(init, update)

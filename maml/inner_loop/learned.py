@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maml.inner_loop.unrolled import unroll
-from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params
+from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params, own
 
 PER = ("loop", "tensor", "parameter")
 
@@ -24,12 +24,8 @@ def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) ->
     """
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
-        if not isinstance(params, MetaParams):
-            raise ValueError(
-                f"a learned inner loop takes MetaParams, and got {type(params).__name__}: make them with "
-                "maml.types.initial(adapt, params, key)"
-            )
-        return make(params.inner)(loss, params.params, support, key)
+        model, inner = own(params)
+        return make(inner)(loss, model, support, key)
 
     adapt.init = lambda params, key: MetaParams(params, init(params, key))
     return adapt

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maml.inner_loop.parts import composed
-from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, initial
+from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, initial, leaf_name, own
 
 
 def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0) -> Adapt:
@@ -21,17 +21,18 @@ def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0)
       where: regular expression that is searched in the paths of the parameters ("layers/0/kernel") of two or more axes.
 
     Raises:
-      ValueError: for a rank below 1; at `init`, where nothing of two or more axes fits `where`, and around a learned inner loop.
+      ValueError: for a rank below 1; at `init`, where nothing of two or more axes fits `where`, and around a learned inner loop;
+        when traced, for plain parameters.
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank={rank!r}: give a whole number, 1 or more")
 
-    def adapt_factors(loss: Loss, params: MetaParams, support, key) -> Adapted:
-        model, factors = params
+    def adapt_factors(loss: Loss, params, support, key) -> Adapted:
+        model, factors = own(params)
 
         def join(factors) -> Params:
             def one(path, x):
-                if (name := _path(path)) not in factors:
+                if (name := leaf_name(path)) not in factors:
                     return x
                 return x + scale * (factors[name]["a"] @ factors[name]["b"]).reshape(x.shape)
 
@@ -41,7 +42,7 @@ def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0)
         return Adapted(join(adapted.params), Trace(jax.vmap(join)(adapted.trace.params), adapted.trace.metrics))
 
     def init(params, key):
-        leaves = {_path(path): x for path, x in jax.tree.leaves_with_path(params)}
+        leaves = {leaf_name(path): x for path, x in jax.tree.leaves_with_path(params)}
         chosen = {name: x for name, x in leaves.items() if x.ndim > 1 and re.search(where, name)}
         if not chosen:
             raise ValueError(f"where={where!r} finds no matrix; the paths are {', '.join(leaves)}")
@@ -59,7 +60,3 @@ def _factors(x: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
     rank = min(rank, inputs, outputs)
     a = jax.random.normal(key, (inputs, rank), x.dtype) / math.sqrt(inputs)
     return {"a": a, "b": jnp.zeros((rank, outputs), x.dtype)}
-
-
-def _path(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -65,16 +65,42 @@ def path_names(path: tuple) -> tuple:
 
 def composed(loss: Loss, join: Callable[[Params], Params]) -> Loss:
     """The loss of join(moving), with all that inner loops ask of a loss."""
+    return _seen(loss, lambda moving, _: join(moving), indexed=getattr(loss, "indexed", False))
 
-    def of_moving(moving, batch, key):
-        return loss(join(moving), batch, key)
+
+def _seen(
+    loss: Loss, params: Callable[[Params, Any], Params], batch: Callable = lambda batch: batch, *, indexed: bool
+) -> Loss:
+    """The loss of params(own, batch) on batch(own), with all that inner loops ask of a loss.
+
+    For its features, which see inputs alone, it is params(own, None).
+    """
+
+    def of_own(own, given, key):
+        return loss(params(own, given), batch(given), key)
 
     if two := getattr(loss, "two_argument", None):
-        of_moving.two_argument = lambda moving, target, batch, key: two(join(moving), join(target), batch, key)
+        of_own.two_argument = lambda own, target, given, key: two(
+            params(own, given), params(target, given), batch(given), key
+        )
     if features := getattr(loss, "features", None):
-        of_moving.features = lambda moving, inputs: features(join(moving), inputs)
-    of_moving.indexed = getattr(loss, "indexed", False)
-    return of_moving
+        of_own.features = lambda own, inputs: features(params(own, None), inputs)
+    of_own.indexed = indexed
+    return of_own
+
+
+def started(start: Callable[[Loss, Params, Any], Params], adapt: Adapt) -> Adapt:
+    """Run `adapt` from start(loss, params, support) in place of the model's parameters."""
+
+    def adapt_from(loss: Loss, params, support, key) -> Adapted:
+        if isinstance(params, MetaParams):
+            params = MetaParams(start(loss, params.params, support), params.inner)
+        else:
+            params = start(loss, params, support)
+        return adapt(loss, params, support, key)
+
+    adapt_from.init = lambda params, key: initial(adapt, params, key)
+    return adapt_from
 
 
 def from_zero(adapt: Adapt) -> Adapt:
@@ -82,14 +108,7 @@ def from_zero(adapt: Adapt) -> Adapt:
 
     What starts at zero is not meta-learned: its meta-gradient is zero.
     """
-
-    def adapt_from_zero(loss: Loss, params, support, key) -> Adapted:
-        model, *inner = params if isinstance(params, MetaParams) else (params,)
-        zero = jax.tree.map(jnp.zeros_like, model)
-        return adapt(loss, MetaParams(zero, *inner) if inner else zero, support, key)
-
-    adapt_from_zero.init = lambda params, key: initial(adapt, params, key)
-    return adapt_from_zero
+    return started(lambda loss, params, support: jax.tree.map(jnp.zeros_like, params), adapt)  # noqa: ARG005
 
 
 def minibatches(size: int, adapt: Adapt) -> Adapt:
@@ -101,6 +120,8 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
     Raises:
       ValueError: for a size below 1; when traced, for a loss that sees the number of the step in another way (`per_step`).
     """
+    if hasattr(adapt, "carried"):
+        raise ValueError("minibatches: this loop carries a state from task to task; give its size to carried_state")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size={size!r}: give the examples of a minibatch, 1 or more")
 
@@ -118,17 +139,9 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
             chosen = orders[position // count - shuffles[0], position % count]
             return jax.tree.map(lambda x: x[chosen], indexed.batch)
 
-        def of_part(params, indexed, key):
-            return loss(params, part(indexed), key)
-
-        if two := getattr(loss, "two_argument", None):
-            of_part.two_argument = lambda params, target, indexed, key: two(params, target, part(indexed), key)
-        of_part.indexed, of_part.features = True, getattr(loss, "features", None)
-        return adapt(of_part, params, support, key)
+        return adapt(_seen(loss, lambda params, _: params, part, indexed=True), params, support, key)
 
     adapt_on_minibatches.init = lambda params, key: initial(adapt, params, key)
-    if carried := getattr(adapt, "carried", None):
-        raise ValueError(f"minibatches: {carried} is carried between tasks; put minibatches inside of carried_state")
     return adapt_on_minibatches
 
 
@@ -163,14 +176,10 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
         def at(params, step):
             return on_rows(lambda x: x[jnp.clip(step, 0, x.shape[0] - 1)], params)
 
-        def of_row(params, indexed, key):
-            return loss(at(params, indexed.step), indexed.batch, key)
+        def row(params, indexed):
+            return at(params, 0 if indexed is None else indexed.step)
 
-        if two := getattr(loss, "two_argument", None):
-            of_row.two_argument = lambda p, t, i, key: two(at(p, i.step), at(t, i.step), i.batch, key)
-        if features := getattr(loss, "features", None):
-            of_row.features = lambda params, inputs: features(at(params, 0), inputs)
-        of_row.indexed = True
+        of_row = _seen(loss, row, lambda indexed: indexed.batch, indexed=True)
         adapted, (path, metrics) = adapt(of_row, params, support, key)
         steps = len(jax.tree.leaves(path)[0]) - 1
         stacked = min(len(x) for x in _selected(adapted, selects))

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maml.inner_loop.parts import path_names
-from maml.types import Adapt, Adapted, Loss, MetaParams, Params, initial
+from maml.inner_loop.parts import started
+from maml.types import Adapt, Loss, Params, leaf_name
 
 KINDS = ("euclidean", "cosine")
 
@@ -31,40 +31,44 @@ def with_prototypes(adapt: Adapt, kind: str = "euclidean", head: str = "head") -
       ValueError: for another kind; when traced, for a loss without `features` (`models.functional` gives them where the model
         has a method `features`), a model without such a head, or features that do not fit it.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: give one of {', '.join(KINDS)}")
+    check_kind(kind)
 
-    def adapt_from_prototypes(loss: Loss, params, support, key) -> Adapted:
-        model, *inner = params if isinstance(params, MetaParams) else (params,)
-        placed = place(model, *_prototypes(loss, model, support, kind, head))
-        return adapt(loss, MetaParams(placed, *inner) if inner else placed, support, key)
-
-    def place(params: Params, kernel: jax.Array, bias: jax.Array) -> Params:
-        new = {"kernel": kernel, "bias": bias}
+    def place(loss: Loss, params: Params, support) -> Params:
+        new = _prototypes(loss, params, support, kind, head)
 
         def one(path, x):
-            names = path_names(path)
-            found = [new[name] for name in new if head in names and name in names]
-            return found[0].astype(x.dtype) if found else x
+            return new[_part(path, head)].astype(x.dtype) if _part(path, head) in new else x
 
         return jax.tree.map_with_path(one, params)
 
-    adapt_from_prototypes.init = lambda params, key: initial(adapt, params, key)
+    adapt_from_prototypes: Any = started(place, adapt)
+    adapt_from_prototypes.fewer_ways = True
     return adapt_from_prototypes
+
+
+def _part(path: tuple, head: str) -> str | None:
+    """ "kernel" or "bias", if it is that of the head."""
+    *layer, name = leaf_name(path).split("/")
+    return name if layer and layer[-1] == head else None
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"prototypes: {kind!r}: give one of {', '.join(KINDS)}")
 
 
 _ABSENT = -1e9
 """Bias of a class that the task has not: a head may be wider than a task."""
 
 
-def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) -> tuple[jax.Array, jax.Array]:
-    """Weights [features, ways] and biases [ways] of the head."""
+def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) -> dict[str | None, jax.Array]:
+    """kernel [features, ways] and bias [ways] of the head."""
     features: Callable | None = getattr(loss, "features", None)
-    kernels = [x for path, x in jax.tree.leaves_with_path(params) if head in path_names(path) and x.ndim == 2]
-    if features is None or len(kernels) != 1:
+    parts = {_part(path, head): x for path, x in jax.tree.leaves_with_path(params)}
+    if features is None or not {"kernel", "bias"} <= set(parts) or parts["kernel"].ndim != 2:
         raise ValueError(
-            f"with_prototypes: needs a model with a method `features` and one linear layer {head!r}; this one has "
-            f"{len(kernels)} such layers and {'no' if features is None else 'the'} method"
+            f"with_prototypes: needs a model with a method `features` and a linear layer {head!r} with kernel and bias; this "
+            f"one has {'no' if features is None else 'the'} method, and of {head!r} {sorted(filter(None, parts)) or 'nothing'}"
         )
     inputs, labels = support
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -75,7 +79,7 @@ def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) 
     if kind == "cosine":
         square = jnp.sum(seen**2, -1, keepdims=True)
         seen = seen * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
-    width, ways = kernels[0].shape
+    width, ways = parts["kernel"].shape
     if seen.shape != (len(labels), width):
         raise ValueError(
             f"with_prototypes: features {seen.shape} do not fit {len(labels)} labels and the head's {width} inputs"
@@ -83,4 +87,4 @@ def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) 
     members = jax.nn.one_hot(labels, ways, dtype=seen.dtype)
     means = members.T @ seen / jnp.maximum(members.sum(0), 1)[:, None]
     weights, biases = (means, jnp.zeros(ways)) if kind == "cosine" else (2 * means, -jnp.sum(means**2, -1))
-    return weights.T, jnp.where(members.any(0), biases, _ABSENT)
+    return {"kernel": weights.T, "bias": jnp.where(members.any(0), biases, _ABSENT)}

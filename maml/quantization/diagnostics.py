@@ -1,7 +1,6 @@
 """What a quantizer did, to parameters and along an inner loop."""
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float
 
 from maml.quantization.grids import wide
 from maml.quantization.quantizer import Quantizer, decode
-from maml.types import Adapt, Adapted, Params, Trace, initial
+from maml.types import Adapt, Adapted, Params, Trace, initial, leaf_name
 
 
 def code_flips(before: Params, after: Params, quantizer: Quantizer, where: str = "") -> Float[Array, ""]:
@@ -69,16 +68,11 @@ def with_code_metrics(adapt: Adapt, quantizer: Quantizer, where: str = "kernel")
 
 def selected(params: Params, where: str) -> dict[str, Array]:
     """The arrays by path, of those paths that the pattern finds."""
-    named = {_path(path): x for path, x in jax.tree.flatten_with_path(params)[0]}
+    named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(params)[0]}
     found = {name: x for name, x in named.items() if re.search(where, name)}
     if not found:
         raise ValueError(f"where={where!r}: finds no parameter; the paths are {', '.join(named)}")
     return found
-
-
-def _path(path: Any) -> str:
-    """The keys joined by slashes, as in a pattern; without the last of an NNX variable, its `value`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def _share(flags: list[Array]) -> Array:

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from maml.tasks.episodes import episodes, rotated_classes
-from maml.tasks.images import classes_named, tfds_images
+from maml.tasks.images import check_image, classes_named, tfds_images
 from maml.tasks.splits import classes_of
 from maml.types import Sampler
 
@@ -71,10 +71,7 @@ def tfds_few_shot(
 
 
 def _check(image_size: int, channels: int, resample: str) -> None:
-    if channels not in MODES or image_size < 1:
-        raise ValueError(
-            f"image_size={image_size}, channels={channels}: give a positive size, and 1 (grey) or 3 (RGB) channels"
-        )
+    check_image(image_size, channels)
     filters = [f.name.lower() for f in Image.Resampling]
     if resample not in filters:
         raise ValueError(f"resample={resample!r}: give one of {', '.join(filters)}")

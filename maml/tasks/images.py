@@ -97,15 +97,19 @@ def image_folder(
     root = Path(data_dir).expanduser().resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"data_dir={data_dir!r}: no such folder; give one that holds class/*.png")
-    if channels not in (1, 3) or image_size < 1:
-        raise ValueError(
-            f"image_size={image_size}, channels={channels}: give a positive size, and 1 (grey) or 3 (RGB) channels"
-        )
+    check_image(image_size, channels)
     files = [_files(root, name) for name in classes_of(class_split or str(root), split)]
     data = _folder_images(root, files, image_size, channels, cache_dir)
     if rotations == "classes":
         data, rotations = rotated_classes(data), "none"
     return episodes(data, ways, shots, queries, rotations=rotations, invert=invert)
+
+
+def check_image(image_size: int, channels: int) -> None:
+    if channels not in (1, 3) or image_size < 1:
+        raise ValueError(
+            f"image_size={image_size}, channels={channels}: give a positive size, and 1 (grey) or 3 (RGB) channels"
+        )
 
 
 def tfds_images(
