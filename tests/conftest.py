@@ -23,3 +23,28 @@ def quick_compiler():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For modules that run programs: what is compiled again comes from a cache that all tests of a session share."""
+    from tests.programs import compiling_once
+
+    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture
+def own_image_cache(tmp_path, monkeypatch):
+    """Decoded images of one test are not those of another."""
+    from maml.tasks import images
+
+    monkeypatch.setenv("MAML_CACHE", str(tmp_path / "cache"))
+    images._tfds_images.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def tfds():
+    import tensorflow_datasets
+
+    return tensorflow_datasets

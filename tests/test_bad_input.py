@@ -25,7 +25,6 @@ from tests.programs import (
     SMALL,
     Ended,
     bits,
-    compiling_once,
     config,
     finish,
     main,
@@ -36,11 +35,7 @@ from tests.programs import (
     summary,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(autouse=True)

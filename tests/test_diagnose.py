@@ -11,20 +11,14 @@ import pytest
 from experiments import build, curvature, diagnose, pictures, run
 from maml.losses import mse, semi_gradient
 from maml.random import keys_for
-from tests.programs import SMALL, compiling_once, config, main, restored, rows, summary
+from tests.programs import SMALL, config, main, restored, rows, summary
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
 
 ON = (
     *("diagnostics.curvature.every=2", "diagnostics.curvature.tasks=3", "diagnostics.curvature.lanczos=30"),
     *("algorithm.steps=2", "algorithm.step_size=0.1", "model.kernel_init.stddev=0.5"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,17 +12,11 @@ from maml.tasks import images
 from maml.tasks.episodes import ClassImages
 from maml.tasks.splits import read_split
 from maml.types import as_argument
-from tests.programs import SMALL, compiling_once, config, main, metrics_bytes, restored, rows, summary
+from tests.programs import SMALL, config, main, metrics_bytes, restored, rows, summary
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
 
 ON = ("diagnostics.per_example.every=2", "diagnostics.per_example.tasks=3", "diagnostics.per_example.outliers=4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from maml.tasks import images, omniglot, splits, tfds_few_shot
 from maml.tasks.splits import SHA256, classes_of, digest, read_split
 from tests.test_images import write_omniglot
 
+pytestmark = pytest.mark.usefixtures("own_image_cache")
+
 ROOT = Path(__file__).parents[1]
 COUNTS = {
     "cifar_fs": (64, 16, 20),
@@ -34,19 +36,6 @@ DATA = {  # what TFDS calls them, their version there, and the parts that it has
 }
 KEYS = jax.random.split(jax.random.key(0), 100)
 draw = jax.jit(lambda sampler, keys: sampler(keys))
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAML_CACHE", str(tmp_path / "cache"))
-    images._tfds_images.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def tfds():
-    import tensorflow_datasets
-
-    return tensorflow_datasets
 
 
 def encoded(pixels, kind="PNG") -> bytes:

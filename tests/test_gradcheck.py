@@ -20,17 +20,11 @@ from maml.models.conv import _max_pool
 from maml.models.convolution import convolution
 from maml.objectives import query_loss
 from maml.types import Task
-from tests.programs import SMALL, compiling_once, main
+from tests.programs import SMALL, main
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 # --- TD(0): the semi-gradient by stop_gradient has the right values and another meta-gradient ---

@@ -22,22 +22,11 @@ from experiments import prepare as prepare_program
 from maml.tasks import decode, image_folder, images, omniglot
 from maml.tasks.splits import classes_of, read_split
 
+pytestmark = pytest.mark.usefixtures("own_image_cache")
+
 ROOT = Path(__file__).parents[1]
 NAMES = ["a_0", "a_1", "b_0"]
 SPLIT = "[meta_train]\na_0\nb_0\n[meta_valid]\n[meta_test]\na_1\n"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAML_CACHE", str(tmp_path / "cache"))
-    images._tfds_images.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def tfds():
-    import tensorflow_datasets
-
-    return tensorflow_datasets
 
 
 @pytest.fixture

@@ -15,16 +15,12 @@ from experiments.plan import Candidate, candidates
 from maml import plan, train
 from maml.models.convolution import convolution
 from maml.types import as_argument
-from tests.programs import SMALL, compiling_once, config, main, summary
+from tests.programs import SMALL, config, main, summary
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 JOB = (*SMALL, "logger=quiet")
 FEW = (*JOB, "algorithm=fomaml", "trainer.meta_batch=16")  # has only the chunk to choose: 16, 4, 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(autouse=True)

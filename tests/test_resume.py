@@ -19,7 +19,6 @@ from maml.checkpoint import Checkpoints, Damaged, digest
 from tests.programs import (
     ROOT,
     bits,
-    compiling_once,
     config,
     finish,
     main,
@@ -32,6 +31,8 @@ from tests.programs import (
     summary,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 RUN = (
     *("trainer.steps=40", "trainer.meta_batch=4", "model.hidden=[8,8]", "paper=null", "logger=quiet"),
     *("trainer.log_every=6", "trainer.checkpoint_every=8", "trainer.keep_checkpoints=9"),  # neither divides the other
@@ -39,12 +40,6 @@ RUN = (
 )
 SAVED = [8, 16, 24, 32, 40]
 LOGGED = [1, 6, 12, 18, 24, 30, 36, 40]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(autouse=True)

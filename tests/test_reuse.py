@@ -15,17 +15,11 @@ from maml.losses import td0
 from maml.models import blocks
 from maml.random import keys_for
 from maml.types import Transitions
-from tests.programs import SMALL, compiling_once, config, main, restored, summary
+from tests.programs import SMALL, config, main, restored, summary
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
 
 ON = (*SMALL, "algorithm.step_size=0.05", "model.kernel_init.stddev=0.5")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

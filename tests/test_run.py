@@ -20,7 +20,6 @@ from maml.tasks import image_folder
 from tests.programs import (
     SMALL,
     bits,
-    compiling_once,
     config,
     finish,
     main,
@@ -32,11 +31,7 @@ from tests.programs import (
     summary,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiling_once(tmp_path_factory):
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
