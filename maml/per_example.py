@@ -311,6 +311,7 @@ def weighted(loss: Any) -> Loss:
         value = jnp.mean(weights * loss.per_example(params, tuple(batch), key))
         return value, {"loss": value}
 
+    weighing.features = getattr(loss, "features", None)
     return weighing
 
 
@@ -342,9 +343,9 @@ def influence(
     """dF/dwᵢ: derivative of the task's objective F in a weight on each support example's loss, at weights of one.
 
     The support loss is mean(w · ℓ): positive means that more of this example in the inner loop raises the query loss, that it
-    hurts. To first order, leaving an example out changes F by -dF/dwᵢ (the weights of the others stay). One reverse pass. The
-    objective is one with weights (`weighted`), whose inner loop the outer derivative passes through: with
-    `derivatives.first_order` all influences are 0.
+    hurts. Prototypes (`inner_loop.with_prototypes`) are weighted means. To first order, leaving an example out changes F by
+    -dF/dwᵢ (the weights of the others stay). One reverse pass. The objective is one with weights (`weighted`), whose inner loop
+    the outer derivative passes through: with `derivatives.first_order` all influences are 0.
     """
 
     def value(weights):

@@ -229,8 +229,20 @@ def test_rows_refuse_more_steps_than_there_are_and_models_without():
         per_step(nnx.PathContains("norms"), 3, inner)(loss, two, jnp.ones(()), KEY)
     with pytest.raises(ValueError, match="selects no parameter"):
         initial(per_step(nnx.PathContains("scale"), 3, inner), params, KEY)
-    with pytest.raises(ValueError, match="rows=0"):
-        per_step(nnx.PathContains("norms"), 0, inner)
+    with pytest.raises(ValueError, match="rows=-1"):
+        per_step(nnx.PathContains("norms"), -1, inner)
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_steps_the_first_row_predicts():
+    """Nearest centroids of a MAML++ run: an evaluation of no steps, which has rows from training."""
+    params = {"norms": jnp.array([5.0, 7.0]), "w": jnp.float64(2.0)}
+    none = per_step(nnx.PathContains("norms"), 0, only(lambda path, _: path[0] == "w", unroll(optax.sgd(0.1), 0)))
+    loss = lambda p, b, k: (p["norms"] * p["w"] ** 2 + 0 * b, {})  # noqa: E731, ARG005
+    adapted = none(loss, params, jnp.ones(()), KEY)
+    assert float(adapted.params["norms"]) == 5
+    np.testing.assert_array_equal(adapted.trace.params["norms"], [5])
+    assert initial(none, {"norms": jnp.ones(()), "w": jnp.ones(())}, KEY)["norms"].shape == (1,)
 
 
 # --- contexts, minibatches, a carried state ---

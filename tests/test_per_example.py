@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from maml.derivatives import first_order, mixed, reverse
-from maml.inner_loop import unroll
+from maml.inner_loop import unroll, with_prototypes
 from maml.losses import cross_entropy, mse, semi_gradient
 from maml.models import MLP, Conv4, functional
 from maml.objectives import query_loss
@@ -327,6 +327,26 @@ def test_influence_is_the_derivative_of_the_reweighted_program(norm):
     if norm is None:
         blind = query_loss(weighted(loss), unroll(optax.sgd(0.2), 2, first_order))
         assert not np.asarray(jax.jit(partial(influence, blind))(params, task, KEY)).any()
+
+
+@pytest.mark.usefixtures("x64")
+def test_influence_through_prototypes_is_that_of_the_weighted_class_means():
+    apply, params = functional(MLP((2,), 2, hidden=(5,), kernel_init=nnx.initializers.normal(0.7), rngs=nnx.Rngs(1)))
+    params, x = wide(params), jnp.asarray(np.random.default_rng(2).normal(size=(11, 2)))
+    labels = jnp.array([0, 1, 1, 0, 1, 0])
+    task = Task((x[:6], labels), (x[6:], labels[:5]))
+    objective = query_loss(weighted(cross_entropy(apply)), with_prototypes(unroll(optax.sgd(0.1), 0)))
+    features, query = (np.asarray(apply.features(params, side[0])) for side in task)
+
+    def program(weights):
+        means = np.stack([np.average(features[labels == k], 0, weights[labels == k]) for k in (0, 1)])
+        logits = -((query[:, None] - means[None]) ** 2).sum(-1)
+        return np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(5), labels[:5]])
+
+    expected = [(program(1 + 1e-5 * e) - program(1 - 1e-5 * e)) / 2e-5 for e in np.eye(6)]
+    found = jax.jit(partial(influence, objective))(params, task, KEY)
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+    assert np.abs(found).max() > 1e-4
 
 
 def test_only_means_over_examples_can_be_weighted():

@@ -150,15 +150,16 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
 
     "Per-step batch normalization weights and biases", Antoniou et al. 2019 (arXiv 1810.09502), section 4. As in the authors' code
     step i, and predictions after step i, use row i (of 1..rows), and predictions before the first step row 1. The rows are
-    meta-parameters [rows, ...], equal at first. Per-step running statistics are left out: in that code they normalise nothing.
+    meta-parameters [rows, ...], equal at first, and at least one. Per-step running statistics are left out: in that code they
+    normalise nothing.
 
     Let `adapt` not move these parameters: `per_step(norms, steps, only(nnx.Not(norms), ...))`.
 
     Raises:
-      ValueError: for rows below 1, or a filter that selects nothing; when traced, for more inner steps than rows.
+      ValueError: for negative rows, or a filter that selects nothing; when traced, for more inner steps than rows.
     """
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise ValueError(f"rows={rows!r}: give a row for each inner step, 1 or more")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+        raise ValueError(f"rows={rows!r}: give a row for each inner step, 0 or more")
     selects = nnx.filterlib.to_predicate(where)
 
     def on_rows(f, params):
@@ -198,7 +199,7 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
         made = initial(adapt, params, key)
 
         def stack(params):
-            return on_rows(lambda x: jnp.repeat(x[None], rows, 0), params)
+            return on_rows(lambda x: jnp.repeat(x[None], max(rows, 1), 0), params)
 
         return MetaParams(stack(made.params), made.inner) if isinstance(made, MetaParams) else stack(made)
 

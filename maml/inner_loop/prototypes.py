@@ -70,7 +70,7 @@ def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) 
             f"with_prototypes: needs a model with a method `features` and a linear layer {head!r} with kernel and bias; this "
             f"one has {'no' if features is None else 'the'} method, and of {head!r} {sorted(filter(None, parts)) or 'nothing'}"
         )
-    inputs, labels = support
+    inputs, labels, *weights = support
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"with_prototypes: labels are {labels.dtype}: prototypes are for classification, with integer labels"
@@ -85,6 +85,9 @@ def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) 
             f"with_prototypes: features {seen.shape} do not fit {len(labels)} labels and the head's {width} inputs"
         )
     members = jax.nn.one_hot(labels, ways, dtype=seen.dtype)
-    means = members.T @ seen / jnp.maximum(members.sum(0), 1)[:, None]
+    present = members.any(0)
+    if weights:  # on each example: `per_example.weighted`
+        members = members * weights[0][:, None]
+    means = members.T @ seen / jnp.where(present, members.sum(0), 1)[:, None]
     weights, biases = (means, jnp.zeros(ways)) if kind == "cosine" else (2 * means, -jnp.sum(means**2, -1))
-    return {"kernel": weights.T, "bias": jnp.where(members.any(0), biases, _ABSENT)}
+    return {"kernel": weights.T, "bias": jnp.where(present, biases, _ABSENT)}
