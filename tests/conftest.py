@@ -20,9 +20,10 @@ def x64():
 @pytest.fixture(scope="module")
 def quick_compiler():
     """Half the time of compilation: for tests that run nothing long."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ CASES = [  # strides, padding, height and width, kernel
     ((2, 1), "VALID", (6, 7), (3, 5)),
     ((2, 2), ((2, 1), (0, 3)), (6, 5), (3, 5)),
     ((1, 1), ((0, 1), (2, 0)), (5, 6), (5, 3)),
+    ((1, 1), ((3, 1), (0, 4)), (4, 3), (3, 2)),  # a padding that exceeds the kernel
     ((2, 1), "SAME", (4, 5), (1, 1)),
     ((2, 2), "VALID", (8, 6), (3, 3)),  # rows and columns of the image that no window reaches
     ((3, 2), "SAME", (5, 7), (1, 3)),  # a stride that exceeds the kernel
@@ -56,6 +57,18 @@ def function(c, strides, padding):
         return jnp.sum(jnp.sin(y) * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
     return f
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Images of two channels are convolved by rows of the kernel, like those of many."""
+    monkeypatch.setattr(module, "_CHANNELS", 2)
+
+
+@pytest.mark.usefixtures("x64", "by_rows")
+@pytest.mark.parametrize(("strides", "padding", "size", "kernel"), [c for c in CASES if c[0] == (1, 1)])
+def test_derivatives_by_rows_are_xlas(strides, padding, size, kernel):
+    test_derivatives_are_xlas(strides, padding, size, kernel)
 
 
 @pytest.mark.usefixtures("x64")
@@ -119,11 +132,13 @@ def test_hessians_are_xlas(strides):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_blocks_of_images_are_the_whole(strides, monkeypatch):
+@pytest.mark.parametrize(("strides", "channels"), [((1, 1), 8), ((1, 1), 2), ((2, 2), 8)])
+def test_blocks_of_images_are_the_whole(strides, channels, monkeypatch):
     x, k = draw(0, 2, 6, 5, 4, 2), draw(1, 2, 3, 3, 2, 3)
     height, width = (-(-n // s) for n, s in zip((5, 4), strides, strict=True))
-    monkeypatch.setattr(module, "_BLOCK", 2 * height * width * 18 * 8)  # the patches of two images
+    monkeypatch.setattr(module, "_CHANNELS", channels)
+    elements = 18 if channels > 2 else 2 * (3 * 2 + 3 * 3)  # patches; or those of rows and products, twice
+    monkeypatch.setattr(module, "_BLOCK", 2 * height * width * elements * 8)  # what two images take
     seen = []
 
     def spy(*a, of=module._blocks):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from maml.models.convolution import convolution
@@ -109,9 +110,11 @@ def _max_pool(
 
 @_max_pool.defjvp
 def _max_pool_jvp(primals, tangents):
-    value, place = _first_maximum(*primals)
-    here = place[:, :, None, :, None] == jnp.arange(4, dtype=place.dtype).reshape(1, 1, 2, 1, 2, 1)
-    tangent = _windows(*tangents)
+    value = _max_pool(*primals)  # so that its second derivative comes by this rule too
+    tangent, place = _windows(*tangents), _first_maximum(*map(lax.stop_gradient, primals))[1][:, :, None, :, None]
+    # Counted where they are compared: an array of places would be read from memory, which XLA on CPU does one by one in a loop.
+    row, column = (lax.broadcasted_iota(place.dtype, tangent.shape, axis) for axis in (2, 4))
+    here = ((place >> 1) == row) & ((place & 1) == column)
     return value, jnp.where(here, tangent, jnp.zeros((), tangent.dtype)).sum((2, 4))
 
 

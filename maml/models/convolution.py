@@ -25,6 +25,9 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _BLOCK = 16 << 20
 """Bytes of patches that are made at a time on CPU: what stays in the cache beside the operands."""
 
+_CHANNELS = 8
+"""From so many on, and without a stride, CPUs are faster by rows of the kernel than by patches."""
+
 
 def convolution(
     x: Float[Array, "batch height width channels"],
@@ -137,7 +140,7 @@ def _batching(primitive: Primitive, folds: tuple[tuple[int, int], tuple[int, int
     return rule
 
 
-# How each is computed for one task: patches and a matrix product.
+# How each is computed for one task: patches and a matrix product (on GPU and TPU always).
 
 
 def _shifts(x, size, strides, pads, axis: int = 1):
@@ -198,14 +201,59 @@ def _conv_kernel(x, dy, *, strides, pads, size):
     return (patches @ dy.reshape(-1, dy.shape[-1])).reshape(*size, x.shape[-1], dy.shape[-1])
 
 
+# Without a stride, by rows of the kernel: patches of one row (kernel width x channels), one product with all rows of the
+# kernel, and the results for each row shifted against each other and added. A third of the copies for a 3×3 kernel.
+
+
+def _row_patches(x, width: int, pads, axis: int = 3):
+    """An image padded, with each position in a row of the kernel as a slow part of the axis of channels.
+
+    `pads` may be negative: in the derivative, where a padding exceeds the kernel.
+    """
+    room = [(0, 0), *pads, (0, 0)] if axis == 3 else [(0, 0), (0, 0), *pads]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in room])
+    along = 2 if axis == 3 else 3
+    new = x.shape[along] - width + 1
+    return jnp.concatenate([lax.slice_in_dim(x, j, j + new, axis=along) for j in range(width)], axis)
+
+
+def _conv_by_rows(x, k, *, strides, pads, size):
+    del strides, size
+    rows, features = k.shape[0], k.shape[-1]
+    height = x.shape[1] + sum(pads[0]) - rows + 1
+    y = _row_patches(x, k.shape[1], pads) @ k.transpose(1, 2, 0, 3).reshape(-1, rows * features)
+    parts = [y[:, i : i + height, :, i * features : (i + 1) * features] for i in range(rows)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _kernel_by_rows(x, dy, *, strides, pads, size):
+    del strides
+    rows, width = size
+    patches = _row_patches(lax.optimization_barrier(jnp.moveaxis(x, -1, 0)), width, pads, axis=0)
+    shifted = [jnp.pad(dy, ((0, 0), (i, rows - 1 - i), (0, 0), (0, 0))) for i in range(rows)]
+    shifted = jnp.concatenate(shifted, -1).reshape(-1, rows * dy.shape[-1])
+    dk = lax.optimization_barrier(patches.reshape(-1, shifted.shape[0])) @ shifted
+    return dk.reshape(width, x.shape[-1], rows, dy.shape[-1]).transpose(2, 0, 1, 3)
+
+
+def _input_by_rows(dy, k, *, strides, pads, size):  # a convolution with the kernel turned round
+    pads = [
+        (m - 1 - low, n + low - d) for n, d, m, (low, _) in zip(size, dy.shape[1:3], k.shape[:2], pads, strict=True)
+    ]
+    return _conv_by_rows(dy, jnp.flip(k, (0, 1)).swapaxes(2, 3), strides=strides, pads=pads, size=())
+
+
+_BY_ROWS = {_conv: _conv_by_rows, _conv_input: _input_by_rows, _conv_kernel: _kernel_by_rows}
+
+
 # How they are lowered.
 
 
 def _one_by_one(operation, xla, images: int):
     """CPU: tasks one after the other.
 
-    Where the patches are too large for the cache: XLA's own convolution if it is fast there (no stride, and no sum over images),
-    or else blocks of images, whose sum is dk.
+    Where the patches are too large for the cache: blocks of images, whose sum is dk; or XLA's own convolution if it is faster
+    (no stride, no sum over images, not by rows).
     """
 
     def lowered(a, b, **how):
@@ -213,20 +261,22 @@ def _one_by_one(operation, xla, images: int):
             functools.partial(operation, **how), *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (a, b))
         )
         conv_side = {_conv: y, _conv_input: a[0], _conv_kernel: b[0]}[operation]  # has an element for each patch
-        kernel = y if operation is _conv_kernel else b[0]
-        size = math.prod(conv_side.shape[1:3]) * math.prod(kernel.shape[:3]) * y.dtype.itemsize
-        blocks = _blocks(a.shape[1], size)
+        height, width, channels, features = (y if operation is _conv_kernel else b[0]).shape
+        by_rows = max(how["strides"]) == 1 and channels >= _CHANNELS
+        compute = _BY_ROWS[operation] if by_rows else operation
+        elements = 2 * (width * channels + height * features) if by_rows else height * width * channels
+        blocks = _blocks(a.shape[1], math.prod(conv_side.shape[1:3]) * elements * y.dtype.itemsize)
 
         def one(ab):
             if blocks == 1:
-                return operation(*ab, **how)
+                return compute(*ab, **how)
             parts = [x.reshape(blocks, -1, *x.shape[1:]) for x in ab[:images]]
             if images == 2:
                 zero = jnp.zeros(y.shape, y.dtype)
-                return lax.scan(lambda total, ab: (total + operation(*ab, **how), None), zero, tuple(parts))[0]
-            if max(how["strides"]) == 1:
+                return lax.scan(lambda total, ab: (total + compute(*ab, **how), None), zero, tuple(parts))[0]
+            if max(how["strides"]) == 1 and not by_rows:
                 return xla(*ab, **how)
-            return lax.map(lambda a: operation(a, ab[1], **how), *parts).reshape(y.shape)
+            return lax.map(lambda a: compute(a, ab[1], **how), *parts).reshape(y.shape)
 
         return one((a[0], b[0]))[None] if a.shape[0] == 1 else lax.map(one, (a, b))
 
