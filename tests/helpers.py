@@ -1,11 +1,13 @@
 """Problems whose answers are known: quadratic losses, where every inner loop is a matrix."""
 
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from maml.types import Task
 
@@ -71,3 +73,11 @@ def random_like(seed: int, tree):
 
 def dot(a, b) -> float:
     return float(sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
+
+
+def twins(default: Collection, everything: Iterable) -> list:
+    """Values of a parametrized test: those by default, and as slow ones the others, which tell less than they take."""
+    return [
+        x if x in default else pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow)
+        for x in everything
+    ]

@@ -1,6 +1,8 @@
 """The programs, run in this process: a process of its own takes seconds to start."""
 
 import contextlib
+import copy
+import functools
 import io
 import json
 import logging
@@ -16,7 +18,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from jax.experimental.compilation_cache import compilation_cache
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, run
 from maml import train
@@ -29,6 +31,11 @@ SMALL = ("debug=short", "trainer.meta_batch=4", "model.hidden=[8,8]", "evaluatio
 
 def config(*overrides: str) -> DictConfig:
     """The composed config, as the program gets it."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_module("conf", version_base="1.3"):
         return compose("config", list(overrides))
 
@@ -110,11 +117,17 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> Ended:
 
 def restored(cfg: DictConfig, directory: Path) -> train.Progress:
     """The newest checkpoint of a run: all that a resumed run knows."""
-    learner = build.learner(cfg)
-    template = train.begin(learner.state, learner.step, learner.sampler)
-    found = Checkpoints(directory / "checkpoints").restore(template)
+    text = OmegaConf.to_yaml(cfg)
+    if text not in _templates:
+        learner = build.learner(cfg)
+        _templates[text] = train.begin(learner.state, learner.step, learner.sampler)
+    found = Checkpoints(directory / "checkpoints").restore(_templates[text])
     assert found is not None
     return found[1]
+
+
+_templates: dict[str, train.Progress] = {}
+"""Shapes and types of what is saved under a config: what `restored` would trace again for every checkpoint."""
 
 
 def bits(cfg: DictConfig, directory: Path) -> tuple[str, str, bytes]:

@@ -361,7 +361,11 @@ JOB = (*SMALL, "logger=quiet", "trainer.steps=6", "trainer.checkpoint_every=2")
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: Failed writing")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        pytest.param(ValueError("RESOURCE_EXHAUSTED: Failed writing"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_while_saving(tmp_path, monkeypatch, error):
     """Orbax reports it in either way."""
@@ -402,6 +406,7 @@ run.main()
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow(tmp_path):
     """A real refusal by the system, of checkpoints alone: they are larger than every other file."""
     job = [*JOB, "model.hidden=[80,80]", f"hydra.run.dir={tmp_path / 'run'}"]
@@ -434,6 +439,7 @@ def test_a_full_disk_under_the_metrics(tmp_path, monkeypatch):
 # --- other programs and many jobs ---
 
 
+@pytest.mark.slow
 def test_a_bad_job_does_not_stop_the_others(tmp_path):
     """In a process of its own, as people run it."""
     sweep = [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}"]

@@ -39,7 +39,7 @@ from maml.losses import cross_entropy, mse, semi_gradient
 from maml.models import MLP, functional
 from maml.objectives import query_loss
 from maml.types import Task
-from tests.helpers import Quadratic, gradient_descent, quadratic_loss, quadratics, random_like
+from tests.helpers import Quadratic, gradient_descent, quadratic_loss, quadratics, random_like, twins
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -230,7 +230,7 @@ def test_lanczos_beyond_the_krylov_space(diagonal_of, k, largest, breakdown):
     np.testing.assert_allclose(gram, np.eye(k), atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [20, 40, 100])
+@pytest.mark.parametrize("k", twins((100,), (20, 40, 100)))
 def test_a_few_shot_gauss_newton_matrix_far_beyond_its_rank(k):
     """5-way 1-shot: rank 20 of 533 parameters, in float32."""
     apply, params = functional(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from maml.tasks import images, omniglot, splits, tfds_few_shot
 from maml.tasks.splits import SHA256, classes_of, digest, read_split
+from tests.helpers import twins
 from tests.test_images import write_omniglot
 
 pytestmark = pytest.mark.usefixtures("own_image_cache")
@@ -160,7 +161,7 @@ def factory(name, **changes):
     return functools.partial(get_method(node.pop("_target_")), **node)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", twins(("cub", "fc100"), COUNTS))
 def test_every_configuration_draws_from_the_classes_of_its_split(tfds, tmp_path, name):
     """The whole path, from the prepared records: labels in class order, classes of the split, images of all parts."""
     make = factory(name, data_dir=stand_in(tfds, tmp_path, name), shots=1, queries=2)

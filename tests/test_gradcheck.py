@@ -160,6 +160,7 @@ class Convolutional(nnx.Module):
         return nnx.relu(_max_pool(self.norm(self.conv(x)))).mean((1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_convolutional_network_with_batch_norm_and_max_pool_passes():
     norm = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)

@@ -1,5 +1,6 @@
 """The inner loop against optax run by hand, closed forms, and central differences in float64."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -25,6 +26,7 @@ from tests.helpers import (
     quadratic_loss,
     quadratics,
     random_like,
+    twins,
 )
 
 KEY = jax.random.key(0)
@@ -170,7 +172,9 @@ def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zer
     )
     (grads, after), (other, _) = both(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), other, grads)
+    # Norms of LAMB hand the 1e13 of the element without a gradient to the others, up to rounding.
+    atol = 1e-6 * max(np.abs(x).max() for x in jax.tree.leaves(grads)) if name == "lamb" else 0.0
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=atol), other, grads)
     state = optimizer.init(params)
     for _ in range(3):
         updates, state = update({"a": params["a"] - 1, "b": params["b"] + 1}, state, params)
@@ -212,11 +216,13 @@ MODELS = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("model", "optimizer"),
-    [("mlp", optimizer) for optimizer in ("sgd", "momentum", "adam")]
-    + [("conv_max_flatten", "sgd")]
-    + [
-        pytest.param("conv_stride_mean", optimizer, marks=pytest.mark.slow) for optimizer in ("sgd", "momentum", "adam")
-    ],
+    twins(
+        (("mlp", "adam"), ("conv_max_flatten", "sgd")),
+        (
+            ("conv_max_flatten", "sgd"),
+            *itertools.product(("mlp", "conv_stride_mean"), ("sgd", "momentum", "adam")),
+        ),
+    ),
 )
 def test_meta_gradient_of_networks_is_the_central_difference(model, optimizer):
     """A difference of 1e-7 crosses no kink of ReLU or max at these seeds, or the test would fail."""

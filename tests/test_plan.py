@@ -245,7 +245,7 @@ def cells(out: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("module", "job", "ways"),
     [
-        (program, FEW, [("first_order", "null", n) for n in ("16", "4", "1")]),
+        pytest.param(program, FEW, [("first_order", "null", n) for n in ("16", "4", "1")], marks=pytest.mark.slow),
         (
             run,
             [*JOB, "trainer.task_chunk=all", "plan=true"],

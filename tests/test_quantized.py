@@ -188,7 +188,13 @@ def test_a_config_that_is_wrong_is_refused_by_name():
             apply_of(override)
 
 
-@pytest.mark.parametrize(("algorithm", "other"), [("maml", "layers=head"), ("fomaml", "activations=8")])
+@pytest.mark.parametrize(
+    ("algorithm", "other"),
+    [
+        ("maml", "layers=head"),
+        pytest.param("fomaml", "activations=8", marks=pytest.mark.slow),
+    ],
+)
 def test_programs_with_quantized_models(tmp_path, monkeypatch, algorithm, other):
     monkeypatch.setattr(pictures, "draw", lambda *_: {})
     monkeypatch.setattr(pictures, "training_curves", lambda *_: {})

@@ -16,6 +16,7 @@ import pytest
 from experiments import pictures, run
 from experiments.program import BAD_INPUT, INTERRUPTED
 from maml.checkpoint import Checkpoints, Damaged, digest
+from tests.helpers import twins
 from tests.programs import (
     ROOT,
     bits,
@@ -132,7 +133,7 @@ def test_the_checks_can_fail(whole, tmp_path):
     assert int(progress.state.opt_state[0].count) == 40  # Adam's, so the optimizer's state is compared
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", twins((signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT)))
 def test_a_signal_saves_and_the_same_command_continues(whole, tmp_path, number):
     directory, before = tmp_path / "run", signal.getsignal(number)
     stopped = main(*RUN, f"hydra.run.dir={directory}", signal_at(20, number))
@@ -190,6 +191,7 @@ def test_more_steps_after_the_end(whole, tmp_path):
     assert same(directory, whole)
 
 
+@pytest.mark.slow
 def test_more_steps_after_an_end_between_log_lines(whole, tmp_path):
     """The end is logged wherever it is; the line stays, and the next mean goes on from the line before."""
     directory = tmp_path / "run"
@@ -236,7 +238,7 @@ def hollow(step: Path) -> None:
     step.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [flip, truncate, empty, no_metadata, hollow])
+@pytest.mark.parametrize("spoil", twins((flip, hollow), (flip, truncate, empty, no_metadata, hollow)))
 def test_a_damaged_newest_checkpoint_is_named_skipped_and_replaced(whole, left_at, caplog, spoil):
     directory = left_at(24)
     spoil(directory / "checkpoints" / "24")

@@ -155,6 +155,7 @@ def test_seeds_and_bits(done, tmp_path):
     assert metrics_bytes(tmp_path / "other") != metrics_bytes(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_first_order_is_another_run(done, tmp_path):
     directory, _ = done
@@ -279,6 +280,7 @@ def test_inductive_and_transductive_numbers_differ(classifier):
     assert norms[0]["meta_test/step_1/loss"] != norms[1]["meta_test/step_1/loss"]
 
 
+@pytest.mark.slow
 def test_evaluation_steps_lengthen_the_curve(done):
     directory, _ = done
     curves = [evaluate_run(directory, [f"evaluation.steps={k}"]) for k in (0, 1, 5)]

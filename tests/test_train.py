@@ -15,7 +15,7 @@ from maml.objectives import query_loss
 from maml.random import keys_for
 from maml.tasks import sinusoid
 from maml.types import Task, as_argument
-from tests.helpers import closed_form, quadratic_loss, quadratics
+from tests.helpers import closed_form, quadratic_loss, quadratics, twins
 
 ROOT = jax.random.key(4)
 
@@ -44,7 +44,7 @@ def test_a_meta_step_is_the_outer_update_of_the_mean_gradient():
     assert state.step == 1
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("chunk", twins((2,), (1, 2, 4)))
 def test_chunks_are_execution_and_not_mathematics(chunk):
     objective, params = problem()
     optimizer, sampler = optax.sgd(1.0), sinusoid(shots=5, queries=5)
