@@ -7,13 +7,14 @@
     diagnostics/curvature/first_order_...         cosine and norm ratio of the first-order to the full meta-gradient
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import build
 from maml import train
@@ -27,6 +28,8 @@ from maml.curvature import (
     hvp,
     lanczos,
     of_loss,
+    paths,
+    restricted,
     stable_step_size,
 )
 from maml.random import key_for, keys_for
@@ -45,7 +48,7 @@ def callback(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) ->
     """A callback of `train.fit` that measures at the parameters of the moment, and logs.
 
     Raises:
-      ValueError: for an algorithm without an inner loop, for a semi-gradient, and for more Lanczos steps than parameters.
+      ValueError: for an algorithm without an inner loop, or one that moves nothing, and for a semi-gradient.
     """
     measure = measurement(cfg, learner)
     jax.eval_shape(measure, learner.state.params, as_argument(learner.sampler), learner.state.key, learner.state.step)
@@ -63,6 +66,8 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
     """Compiled: (params, sampler, root key, meta-step) -> Curvatures."""
     adapt, settings = inner_loop(cfg), cfg.diagnostics.curvature
     of_loss(learner.loss, (), jax.random.key(0))
+    samples = learner.sampler(keys_for(learner.state.key, "diagnostics/curvature", 0, settings.tasks))
+    moved = moved_names(adapt, learner.loss, learner.state.params, samples, learner.state.key)
     full, cut = (
         build.build_objective(build.with_derivative(cfg, name), learner.loss) for name in ("reverse", "first_order")
     )
@@ -75,8 +80,8 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
         def one(pair):
             task, key = pair
             path = adaptation_path(adapt, learner.loss, params, task.support, key)
-            product, at = moved_hessian(adapt, learner.loss, params, task, key, after=False)
-            return path, stable_step_size(product, at, settings.lanczos, key)
+            product, at = moved_hessian(adapt, learner.loss, params, task, key, moved, after=False)
+            return path, stable_step_size(product, at, min(settings.lanczos, _size(at)), key)
 
         def mean(objective):
             return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
@@ -100,34 +105,51 @@ def inner_loop(cfg: DictConfig) -> Adapt:
     return build.inner_loop(build.with_derivative(cfg, "reverse"))
 
 
+def moved_names(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any) -> tuple[str, ...]:
+    """Paths of the parameters that the inner loop moves on any of these tasks."""
+    keys = keys_for(root, "diagnose/moved", 0, len(jax.tree.leaves(tasks)[0]))
+
+    def moved(task, key):
+        adapted, (path, _) = adapt(loss, params, task.support, key)
+        return jax.tree.map(lambda x, y: jnp.any(x[0] != y), path, adapted)
+
+    found = jax.jit(lambda: jax.lax.map(lambda pair: moved(*pair), (tasks, keys)))()
+    return tuple(name for name, x in paths(found).items() if x.any())
+
+
 def moved_hessian(
-    adapt: Adapt, loss: Loss, params: Params, task: Task, key: Any, *, after: bool, side: str = "support"
-) -> tuple[Callable[[Params], Params], Params]:
-    """Products with the Hessian of the loss before or after adaptation, over what the inner loop moves; and where."""
+    adapt: Adapt, loss: Loss, params: Params, task: Task, key: Any, moved: Sequence[str], *, after: bool,
+    side: str = "support",
+) -> tuple[Callable[[Params], Params], Params]:  # fmt: skip
+    """Products with the Hessian of the loss before or after adaptation, over the `moved` parameters alone; and these.
+
+    Raises:
+      ValueError: where none moves.
+    """
+    if not moved:
+        raise ValueError("curvature: the inner loop moves no parameter on these tasks: is its step size 0?")
     adapted, (path, _) = adapt(loss, params, task.support, key)
-    start = jax.tree.map(lambda x: x[0], path)
-    moved = jax.tree.map(lambda a, b: jnp.any(a != b).astype(a.dtype), start, adapted)
-    at = adapted if after else start
-    product = hvp(of_loss(loss, getattr(task, side), key), at)
+    at = adapted if after else jax.tree.map(lambda x: x[0], path)
+    f, part = restricted(of_loss(loss, getattr(task, side), key), at, f"^({'|'.join(map(re.escape, moved))})$")
+    return hvp(f, part), part
 
-    def over_moved(v):
-        inside = product(jax.tree.map(jnp.multiply, moved, v))
-        return jax.tree.map(jnp.multiply, moved, inside)
 
-    return over_moved, at
+def _size(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def moved_spectra(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> dict[str, Spectrum]:
-    """Spectra [tasks, k] of support and query loss before and after adaptation, without vectors."""
+    """Spectra [tasks, k] of support and query loss before and after adaptation over what it moves, without vectors."""
     keys = keys_for(root, "diagnose/spectra", 0, len(jax.tree.leaves(tasks)[0]))
+    moved = moved_names(adapt, loss, params, tasks, root)
 
     def one(pair):
         task, key = pair
         found = {}
         for side in ("support", "query"):
             for when in ("before", "after"):
-                product, at = moved_hessian(adapt, loss, params, task, key, after=when == "after", side=side)
-                spectrum = lanczos(product, at, k, key_for(root, "diagnose/start"))
+                product, at = moved_hessian(adapt, loss, params, task, key, moved, after=when == "after", side=side)
+                spectrum = lanczos(product, at, min(k, _size(at)), key_for(root, "diagnose/start"))
                 found[f"{side}/{when}"] = spectrum._replace(vectors=())
         return found
 
@@ -138,12 +160,19 @@ def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
     """The numbers that every logger gets: means over tasks."""
     stable, values = np.asarray(seen.stable.step_size), {}
     values |= {"stable_step_size_min": stable.min(), "stable_step_size_median": np.median(stable)}
-    if isinstance(size := cfg.algorithm.get("step_size"), int | float):
+    if (size := sgd_step_size(cfg)) is not None:
         values["beyond_stable"] = (stable < size).mean()
     for i in range(seen.path.loss.shape[1]):
         values |= {f"step_{i + 1}/{name}": np.mean(x[:, i]) for name, x in seen.path._asdict().items()}
     values |= {f"first_order_{name}": x for name, x in seen.comparison._asdict().items()}
     return {name: float(value) for name, value in values.items()}
+
+
+def sgd_step_size(cfg: DictConfig) -> float | None:
+    """The inner step size that 2/λmax bounds: that of SGD, where it is one number; None under other optimizers."""
+    size = cfg.algorithm.get("step_size")
+    optimizers = set(re.findall(r"_target_: (optax\.\w+)", OmegaConf.to_yaml(cfg.algorithm)))
+    return float(size) if isinstance(size, int | float) and optimizers <= {"optax.sgd", "optax.chain"} else None
 
 
 def path_rows(path: Path) -> list[Mapping[str, Any]]:

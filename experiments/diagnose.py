@@ -79,7 +79,7 @@ def _curvature(cfg, learner, kept):
     numbers = {
         "path": curvature.path_rows(last.path),
         "stable_step_size": {
-            "inner_step_size": cfg.algorithm.get("step_size"),
+            "inner_step_size": curvature.sgd_step_size(cfg),
             **{name: np.asarray(x).tolist() for name, x in last.stable._asdict().items()},
         },
         "first_order": [

@@ -103,12 +103,14 @@ def semi_gradient(two_argument: Callable[[Params, Params, Batch, Key], tuple[jax
     `two_argument(params, target, batch, key)` -> (value, metrics). An inner loop differentiates the field g itself, hence both
     arguments: `stop_gradient` on the target inside a loss gives the same inner step and another, wrong, meta-gradient. g is no
     gradient, and its Jacobian not symmetric. As a plain loss, such as the outer one, it is L(θ, stop_gradient(θ)).
+
+    Of a model with batch statistics say so: set `loss.batch_statistics = True`, as `td0` and `partitioned` do.
     """
 
     def loss(params, batch, key):
         return two_argument(params, jax.tree.map(jax.lax.stop_gradient, params), batch, key)
 
-    loss.two_argument = two_argument
+    loss.two_argument, loss.is_gradient = two_argument, False
     return loss
 
 
@@ -144,20 +146,31 @@ def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
         raise ValueError(f"discount={discount}: give a number between 0 and 1")
     value_error = mse(apply)
 
-    def two_argument(params, target_params, batch, key):
-        if not isinstance(batch, Transitions):
-            return value_error(params, batch, key)
+    def squares(params, target_params, batch):
         before, after = _forward(apply, params, batch.inputs_tm1), _forward(apply, target_params, batch.inputs_t)
         shapes = {"rewards": batch.reward_t, "discounts": batch.discount_t}
         for name, x in shapes.items():
             if x is not None and x.shape != before.shape:
                 raise ValueError(f"td0: {name} {x.shape} and values {before.shape} differ in shape")
         factor = discount if batch.discount_t is None else discount * batch.discount_t
-        value = 0.5 * jnp.mean(jnp.square(batch.reward_t + factor * after - before))
+        return 0.5 * jnp.square(batch.reward_t + factor * after - before)
+
+    def two_argument(params, target_params, batch, key):
+        if not isinstance(batch, Transitions):
+            return value_error(params, batch, key)
+        value = jnp.mean(squares(params, target_params, batch))
         return value, {"loss": value}
 
+    def per_example(params, batch, key):
+        if not isinstance(batch, Transitions):
+            return value_error.per_example(params, batch, key)
+        values = squares(params, jax.tree.map(jax.lax.stop_gradient, params), batch)
+        return values.reshape(len(values), -1).mean(1)
+
     full = semi_gradient(two_argument)
-    return full if target == "full" else lambda params, batch, key: full(params, batch, key)
+    loss: Any = full if target == "full" else lambda params, batch, key: full(params, batch, key)
+    loss.is_gradient = False
+    return _with_examples(loss, per_example, apply)
 
 
 def partitioned(losses: Mapping[str, Loss]) -> Loss:
@@ -187,7 +200,9 @@ def partitioned(losses: Mapping[str, Loss]) -> Loss:
             total, metrics = total + value, metrics | {f"{pattern}/{k}": v for k, v in named.items()}
         return total, {"loss": total} | metrics
 
-    return semi_gradient(two_argument)
+    loss: Any = semi_gradient(two_argument)
+    loss.batch_statistics = any(getattr(one, "batch_statistics", False) for one in losses.values())
+    return loss
 
 
 def _owners(params: Params, patterns: Sequence[str]) -> list[str]:

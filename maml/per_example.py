@@ -312,6 +312,7 @@ def weighted(loss: Any) -> Loss:
         return value, {"loss": value}
 
     weighing.features = getattr(loss, "features", None)
+    weighing.batch_statistics = getattr(loss, "batch_statistics", False)
     return weighing
 
 

@@ -35,7 +35,7 @@ from maml.curvature import (
 )
 from maml.derivatives import first_order, mixed, reverse
 from maml.inner_loop import unroll
-from maml.losses import cross_entropy, mse, semi_gradient
+from maml.losses import cross_entropy, mse, semi_gradient, td0
 from maml.models import MLP, functional
 from maml.objectives import query_loss
 from maml.types import Task
@@ -182,10 +182,18 @@ def bootstrapped(params, target, batch, key):
     return value, {"loss": value}
 
 
+@pytest.mark.parametrize("wrong", [{"probes": 0}, {"bandwidth": 0.0}, {"bandwidth": -1.0}])
+def test_a_density_without_probes_or_width_is_refused(wrong):
+    with pytest.raises(ValueError, match="give a probe or more, and a positive bandwidth"):
+        spectral_density(times(np.eye(3)), jnp.zeros(3), 2, **{"probes": 2, "key": KEY} | wrong)
+
+
 def test_a_semi_gradient_has_no_hessian():
     for refused in (of_loss, over_batches):
         with pytest.raises(ValueError, match="semi-gradient: its Jacobian is not symmetric"):
             refused(bootstrapped, jnp.ones((2, 3)), KEY)
+        with pytest.raises(ValueError, match="semi-gradient: its Jacobian is not symmetric"):
+            refused(td0(lambda p, x: x @ p, target="stop"), jnp.ones((2, 3)), KEY)  # its steps are TD(0)'s too
     with pytest.raises(ValueError, match="semi-gradient"):
         adaptation_path(unroll(optax.sgd(0.1), 1), bootstrapped, jnp.ones(3), jnp.ones((2, 3)), KEY)
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import build, curvature, diagnose, pictures, run
-from maml.losses import mse, semi_gradient
+from maml.curvature import hessian
+from maml.losses import mse, semi_gradient, td0
 from maml.random import keys_for
+from maml.types import as_argument
 from tests.programs import SMALL, config, main, restored, rows, summary
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
@@ -142,11 +144,37 @@ def test_curvature_needs_an_inner_loop_that_follows_a_gradient(tmp_path):
     assert "algorithm joint takes no inner steps; set every=0" in ended.err
     cfg = config(*SMALL, "diagnostics.curvature.lanczos=10000")
     learner = build.learner(cfg)
-    with pytest.raises(ValueError, match="k=10000: there are"):
-        curvature.callback(cfg, learner, [])
-    field = semi_gradient(lambda p, t, b, k: (jnp.zeros(()), {}))  # noqa: ARG005
-    with pytest.raises(ValueError, match="semi-gradient"):
-        curvature.measurement(cfg, learner.__class__(**{**vars(learner), "loss": field}))
+    for field in (semi_gradient(lambda p, t, b, k: (jnp.zeros(()), {})), td0(learner.apply, target="stop")):  # noqa: ARG005
+        with pytest.raises(ValueError, match="semi-gradient"):
+            curvature.measurement(cfg, learner.__class__(**{**vars(learner), "loss": field}))
+    adapt, params = curvature.inner_loop(config(*SMALL)), learner.state.params
+    with pytest.raises(ValueError, match="moves no parameter"):
+        curvature.moved_hessian(adapt, learner.loss, params, None, jax.random.key(0), (), after=False)
+
+
+def test_spectra_are_those_over_what_the_inner_loop_moves():
+    """The head's 9 parameters of 97 (a plain mask would leave 88 eigenvalues of zero), with more Lanczos steps than that."""
+    cfg = config(*SMALL, "algorithm=anil", "model.kernel_init.stddev=0.5", "diagnostics.curvature.lanczos=30")
+    learner = build.learner(cfg)
+    params, key = learner.state.params, learner.state.key
+    tasks, adapt = learner.sampler(jax.random.split(jax.random.key(1), 2)), curvature.inner_loop(cfg)
+    found = curvature.moved_spectra(adapt, learner.loss, params, tasks, key, 30)["support/before"].values
+    measured = curvature.measurement(cfg, learner)(params, as_argument(learner.sampler), key, jnp.int32(0))
+    assert found.shape == (2, 9)
+    assert (measured.stable.step_size > 0).all()
+    for i in range(2):
+        support = jax.tree.map(lambda x, i=i: x[i], tasks.support)
+        dense = hessian(lambda p, s=support: learner.loss(p, s, key)[0], params).block("^head/")
+        np.testing.assert_allclose(found[i], np.linalg.eigvalsh(np.asarray(dense)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [((), 0.1), (("algorithm=reptile", "optimizer=reptile"), None), (("algorithm=meta_sgd",), None)],
+)
+def test_the_bound_is_compared_with_the_step_size_of_sgd_alone(overrides, size):
+    own = ["algorithm.step_size=0.1"] if size else []
+    assert curvature.sgd_step_size(config(*SMALL, *own, *overrides)) == size
 
 
 def test_a_report_leaves_out_what_there_is_not(tmp_path):

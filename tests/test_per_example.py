@@ -12,7 +12,7 @@ from flax import nnx
 
 from maml.derivatives import first_order, mixed, reverse
 from maml.inner_loop import unroll, with_prototypes
-from maml.losses import cross_entropy, mse, semi_gradient
+from maml.losses import cross_entropy, mse, partitioned, semi_gradient, td0
 from maml.models import MLP, Conv4, functional
 from maml.objectives import query_loss
 from maml.per_example import (
@@ -30,7 +30,7 @@ from maml.per_example import (
     statistics,
     weighted,
 )
-from maml.types import Task
+from maml.types import Task, Transitions
 from tests.helpers import Quadratic, closed_form, gradient_descent, quadratic_loss, quadratics
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -116,11 +116,34 @@ def test_examples_alone_are_wrong_with_batch_norm_and_are_refused():
     assert np.linalg.norm(naive - exact) > 0.5 * np.linalg.norm(exact)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("target", ["full", "stop"])
+def test_td0_of_a_model_with_batch_norm_is_no_exception(target):
+    apply, params = functional(MLP((2,), 1, hidden=(4,), norm=offset, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: x.astype(float), params)
+    draw = np.random.default_rng(0).normal
+    batch = Transitions(draw(size=(6, 2)), draw(size=(6, 1)), draw(size=(6, 2)), np.full((6, 1), 0.9))
+    loss = td0(apply, target=target)
+    for whole in (loss, partitioned({"": loss})):
+        with pytest.raises(ValueError, match="batch statistics"):
+            per_example_gradients(whole, params, batch, KEY, way="vmap")
+        with pytest.raises(ValueError, match="batch statistics"):
+            moments(whole, params, batch, KEY)
+    losses, gradients = jax.jit(partial(per_example_gradients, loss))(params, batch, KEY)
+    (value, _), field = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, KEY)
+    np.testing.assert_allclose(losses.mean(), value, rtol=1e-12)
+    np.testing.assert_allclose(rows_of(gradients).mean(0), vector(field), atol=1e-12)
+    values = (draw(size=(6, 2)), draw(size=(6, 1)))  # the query set of a task knows the true values
+    np.testing.assert_allclose(loss.per_example(params, values, KEY), mse(apply).per_example(params, values, KEY))
+
+
 def test_a_model_says_whether_it_has_batch_statistics():
     for norm, expected in ((None, False), (nnx.LayerNorm, False), (offset, True)):
         apply, _ = functional(MLP((2,), 1, hidden=(3,), norm=norm, rngs=nnx.Rngs(0)))
         assert apply.batch_statistics is expected
         assert mse(apply).batch_statistics is expected
+        assert weighted(mse(apply)).batch_statistics is expected
+        assert partitioned({"head": mse(apply), "": mse(lambda p, x: p * x)}).batch_statistics is expected
     assert mse(lambda p, x: p * x).batch_statistics is False
 
 

@@ -20,7 +20,7 @@ def of_loss(loss: Loss, batch: Batch, key: Key) -> Function:
     Raises:
       ValueError: for a semi-gradient, which is no gradient: its Jacobian is not symmetric, and has no Hessian.
     """
-    if hasattr(loss, "two_argument"):
+    if not getattr(loss, "is_gradient", True):
         raise ValueError(
             "curvature of a semi-gradient: its Jacobian is not symmetric, so Lanczos and 2/λmax do not apply; take jax.jacfwd of "
             "derivatives.reverse(loss), and the spectral radius of I - αJ"

@@ -117,7 +117,14 @@ def spectral_density(
 
     Each of `probes` random starts gives nodes and weights that are exact for the first 2k - 1 moments of the spectrum as it sees
     it. bandwidth: None is a hundredth of the width of the spectrum. Report it, k and probes with a figure.
+
+    Raises:
+      ValueError: for a bandwidth that is not positive, no probe, and as `lanczos`.
     """
+    if probes < 1 or (bandwidth is not None and bandwidth <= 0):
+        raise ValueError(
+            f"probes={probes}, bandwidth={bandwidth}: give a probe or more, and a positive bandwidth or None"
+        )
     runs = lax.map(lambda one: _quadrature(matvec, like, k, one), jax.random.split(key, probes))
     low, high = runs[0].min(), runs[0].max()
     width = jnp.maximum(high - low, jnp.finfo(low.dtype).eps * jnp.maximum(jnp.abs(high), 1))
