@@ -3,6 +3,7 @@
 import glob
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def find(patterns: Iterable[str]) -> list[Path]:
             found |= {path.parent for path in root.rglob("summary.json")}
             found |= {path.parent.parent for path in root.rglob(".hydra/config.yaml")}
     distinct = {path.resolve(): path for path in sorted(found)}.values()
-    return sorted(distinct, key=lambda path: [part.zfill(9) for part in path.parts])  # 2 before 10
+    return sorted(distinct, key=lambda path: re.sub(r"\d+", lambda m: m[0].zfill(9), str(path)))  # 2 before 10
 
 
 def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:

@@ -144,7 +144,7 @@ def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
         raise ValueError(f"discount has shape {jnp.shape(discount)}: give a scalar, and discount_t in each batch")
     if isinstance(discount, int | float) and not 0 <= discount <= 1:
         raise ValueError(f"discount={discount}: give a number between 0 and 1")
-    value_error = mse(apply)
+    value_error: Any = mse(apply)
 
     def squares(params, target_params, batch):
         before, after = _forward(apply, params, batch.inputs_tm1), _forward(apply, target_params, batch.inputs_t)
