@@ -383,6 +383,9 @@ def test_the_meta_hessian_of_a_quadratic_is_its_closed_form():
     f, start = r2(reverse)
     assert f(start) == pytest.approx(1.14853824)
     np.testing.assert_allclose(jax.grad(f)(start), [0.9115416, -0.4009984, 0.3293568], atol=1e-12)
+    np.testing.assert_allclose(jax.grad(r2(first_order)[0])(start), [1.2504, -0.7832, 1.5248], atol=1e-12)
+    adapted = unroll(optax.sgd(0.1), 3)(quadratic_loss, start, jax.tree.map(jnp.asarray, R2_TASK.support), KEY).params
+    np.testing.assert_allclose(adapted, [0.4168, -0.2832, 0.2624], atol=1e-12)
     np.testing.assert_allclose(hessian(f, start).values, np.diag([1.594323, 0.262144, 0.093312]), atol=1e-12)
     np.testing.assert_allclose(dense(hvp(r2(mixed)[0], start, "rev_over_rev"), start),
                                np.diag([1.594323, 0.262144, 0.093312]), atol=1e-12)  # fmt: skip

@@ -18,21 +18,12 @@ from maml.models import MLP, Conv4, functional, quantize, quantized
 from maml.objectives import query_loss
 from maml.types import Task
 from tests.helpers import central_difference, dot
-from tests.programs import SMALL, compiling_once, config, main, summary
+from tests.programs import SMALL, config, main, summary
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
 
 KEY = jax.random.key(0)
 KERNEL, INPUT = q.uniform(4, axis=-1), q.uniform(8, symmetric=False, axis=0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory):
-    """Half the time of compiling: nothing here runs long."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with compiling_once(tmp_path_factory.getbasetemp() / "compiled_quantized"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def mlp(**kwargs):
@@ -64,6 +55,19 @@ def test_an_mlp_multiplies_quantized_inputs_and_kernels():
     layer, params = functional(quantize(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), None, INPUT))
     one, batch = jax.jit(lambda p: (layer(p, x[0]), layer(p, x[:1])))(params)
     np.testing.assert_allclose(one, batch[0], atol=1e-6)  # also without a batch axis
+
+
+def test_an_adapted_model_leaves_as_integers_that_predict_the_same():
+    apply, params = functional(quantize(mlp(), KERNEL, INPUT))
+    x, support = inputs(5, 3), (inputs(6, 3), jnp.ones((6, 2)))
+    adapted = jax.jit(lambda p: unroll(optax.sgd(0.5), 3)(mse(apply), p, support, KEY).params)(params)
+    left = q.export(adapted, KERNEL)
+    for name in ("layers/0", "head"):
+        assert left[f"{name}/kernel"].codes.dtype == jnp.int8
+        x = q.integer_matmul(INPUT.encode(x), left[f"{name}/kernel"]) + left[f"{name}/bias"][None]
+        x = x if name == "head" else jax.nn.relu(x)
+    np.testing.assert_allclose(x, apply(adapted, inputs(5, 3)), atol=1e-5)
+    assert np.abs(x - apply(params, inputs(5, 3))).max() > 0.01
 
 
 def test_a_conv4_convolves_with_quantized_kernels():
