@@ -134,6 +134,24 @@ def moved_hessian(
     return hvp(f, part), part
 
 
+def layer_step_sizes(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> dict[str, StableStep]:
+    """2/λmax [tasks] of the support loss before adaptation over each layer alone, of those that the inner loop moves."""
+    keys = keys_for(root, "diagnose/layers", 0, len(jax.tree.leaves(tasks)[0]))
+    layers: dict[str, list[str]] = {}
+    for name in moved_names(adapt, loss, params, tasks, root):
+        layers.setdefault(name.rpartition("/")[0] or name, []).append(name)
+
+    def one(pair):
+        task, key = pair
+        found = {}
+        for layer, names in layers.items():
+            product, at = moved_hessian(adapt, loss, params, task, key, names, after=False)
+            found[layer] = stable_step_size(product, at, min(k, _size(at)), key)
+        return found
+
+    return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
+
+
 def _size(params: Params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 

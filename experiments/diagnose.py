@@ -76,12 +76,17 @@ def _curvature(cfg, learner, kept):
     state, last, k = kept[max(kept)].state, seen[max(kept)], cfg.diagnostics.curvature.lanczos
     tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, cfg.diagnostics.curvature.tasks))
     spectra = jax.device_get(curvature.moved_spectra(adapt, learner.loss, state.params, tasks, state.key, k))
+    layers = curvature.layer_step_sizes(adapt, learner.loss, state.params, tasks, state.key, k)
     numbers = {
         "path": curvature.path_rows(last.path),
         "stable_step_size": {
             "inner_step_size": curvature.sgd_step_size(cfg),
             **{name: np.asarray(x).tolist() for name, x in last.stable._asdict().items()},
         },
+        "stable_step_size_of_layers": [
+            {"layer": layer, **{name: float(np.median(x)) for name, x in jax.device_get(one)._asdict().items()}}
+            for layer, one in layers.items()
+        ],
         "first_order": [
             {"meta_step": step, **{n: float(x) for n, x in s.comparison._asdict().items()}} for step, s in seen.items()
         ],
@@ -141,6 +146,10 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
     "stable_step_size": (
         "Largest stable inner step size",
         "2/λmax of the support loss before adaptation, for each task; low and high from the residual.",
+    ),
+    "stable_step_size_of_layers": (
+        "Largest stable inner step size of each layer alone",
+        "The same over the parameters of one layer, the others at rest; medians over tasks.",
     ),
     "path": (
         "Along the inner loop",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import build, curvature, diagnose, pictures, run
-from maml.curvature import hessian
+from maml.curvature import hessian, paths
 from maml.losses import mse, semi_gradient, td0
 from maml.random import keys_for
 from maml.types import as_argument
@@ -45,6 +45,9 @@ def known(done):
     tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", 4, 3))
     flat, unravel = jax.flatten_util.ravel_pytree(state.params)
     loss, gradients, eigenvalues, kappas = mse(learner.apply), {}, [], []
+    names = [name.rpartition("/")[0] for name, x in paths(state.params).items() for _ in range(x.size)]
+    blocks = {layer: [i for i, name in enumerate(names) if name == layer] for layer in names}
+    of_layers = {layer: [] for layer in blocks}
     for name in ("reverse", "first_order"):
         objective = build.build_objective(build.with_derivative(cfg, name), loss)
 
@@ -64,8 +67,10 @@ def known(done):
 
         matrix, g = (np.asarray(jax.jit(d(f))(flat), np.float64) for d in (jax.hessian, jax.grad))
         eigenvalues.append(np.linalg.eigvalsh(matrix)[-1])
+        for layer, at in blocks.items():
+            of_layers[layer].append(np.linalg.eigvalsh(matrix[np.ix_(at, at)])[-1])
         kappas.append(g @ matrix @ g / (g @ g))
-    return gradients, np.array(eigenvalues), np.array(kappas)
+    return gradients, np.array(eigenvalues), np.array(kappas), {k: np.array(v) for k, v in of_layers.items()}
 
 
 def last(directory) -> dict:
@@ -75,7 +80,7 @@ def last(directory) -> dict:
 
 
 def test_the_logged_numbers_are_those_of_dense_matrices(done, known):
-    gradients, eigenvalues, kappas = known
+    gradients, eigenvalues, kappas, _ = known
     full, cut = gradients["reverse"], gradients["first_order"]
     logged = last(done)
     assert logged["stable_step_size_min"] == pytest.approx(2 / eigenvalues.max(), rel=1e-4)
@@ -94,7 +99,7 @@ def test_it_changes_no_bit_of_the_run(done, tmp_path):
 
 
 def test_the_report_of_a_run(done, known):
-    gradients, eigenvalues, _ = known
+    gradients, eigenvalues, _, of_layers = known
     ended = main(f"run={done}", "diagnostics.per_example.tasks=3", program=diagnose)
     assert ended.code == 0, ended.err
     text = (done / "diagnosis" / "report.md").read_text()
@@ -114,6 +119,8 @@ def test_the_report_of_a_run(done, known):
     assert before["largest"] == pytest.approx(eigenvalues.mean(), rel=1e-4)
     np.testing.assert_allclose(report["stable_step_size"]["step_size"], 2 / eigenvalues, rtol=1e-4)
     assert [row["step"] for row in report["path"]] == [1, 2]
+    layers = {row["layer"]: row["step_size"] for row in report["stable_step_size_of_layers"]}
+    assert layers == pytest.approx({layer: np.median(2 / values) for layer, values in of_layers.items()}, rel=1e-4)
 
 
 def test_a_damaged_checkpoint_is_left_out_of_the_report(done, tmp_path, caplog):
