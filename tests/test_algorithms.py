@@ -79,7 +79,7 @@ def learner_of(algorithm: str, *overrides: str, **how):
 # --- every algorithm ---
 
 
-TWINS = {"anil", "boil", "linear_probe", "maml_on_grid", "proto_maml", "reptile_sgd"}
+TWINS = {"anil", "boil", "linear_probe", "lora", "maml_on_grid", "meta_sgd", "proto_maml", "reptile_sgd"}
 """Made of the parts of others."""
 
 

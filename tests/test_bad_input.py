@@ -236,6 +236,7 @@ def test_a_file_that_is_no_image(tmp_path, folder, spoil, name):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_fits_is_no_fault(tmp_path, folder):
     assert main(*SMALL, "logger=quiet", f"hydra.run.dir={tmp_path / 'run'}", *folder_job(folder)).code == 0
 
