@@ -48,7 +48,8 @@ def callback(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) ->
     """A callback of `train.fit` that measures at the parameters of the moment, and logs.
 
     Raises:
-      ValueError: for an algorithm without an inner loop, or one that moves nothing, and for a semi-gradient.
+      ValueError: for an algorithm without an inner loop, or one that moves nothing, for a semi-gradient, and for more Lanczos
+        steps than parameters.
     """
     measure = measurement(cfg, learner)
     jax.eval_shape(measure, learner.state.params, as_argument(learner.sampler), learner.state.key, learner.state.step)
@@ -81,7 +82,7 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
             task, key = pair
             path = adaptation_path(adapt, learner.loss, params, task.support, key)
             product, at = moved_hessian(adapt, learner.loss, params, task, key, moved, after=False)
-            return path, stable_step_size(product, at, min(settings.lanczos, _size(at)), key)
+            return path, stable_step_size(product, at, lanczos_steps(settings.lanczos, at, params), key)
 
         def mean(objective):
             return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
@@ -106,39 +107,49 @@ def inner_loop(cfg: DictConfig) -> Adapt:
 
 
 def moved_names(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any) -> tuple[str, ...]:
-    """Paths of the parameters that the inner loop moves on any of these tasks."""
-    keys = keys_for(root, "diagnose/moved", 0, len(jax.tree.leaves(tasks)[0]))
+    """Paths of the parameters that the inner loop moves on any of these tasks, near `params`: exact zeros there hide none.
 
-    def moved(task, key):
-        adapted, (path, _) = adapt(loss, params, task.support, key)
+    Raises:
+      ValueError: where none moves.
+    """
+    keys = keys_for(root, "diagnose/moved", 0, len(jax.tree.leaves(tasks)[0]))
+    leaves, structure = jax.tree.flatten(params)
+    noise = jax.random.split(key_for(root, "diagnose/noise"), len(leaves))
+    near = structure.unflatten([
+        x + 1e-3 * jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        for x, key in zip(leaves, noise, strict=True)
+    ])  # fmt: skip
+
+    def moved(pair):
+        task, key = pair
+        adapted, (path, _) = adapt(loss, near, task.support, key)
         return jax.tree.map(lambda x, y: jnp.any(x[0] != y), path, adapted)
 
-    found = jax.jit(lambda: jax.lax.map(lambda pair: moved(*pair), (tasks, keys)))()
-    return tuple(name for name, x in paths(found).items() if x.any())
+    found = jax.jit(lambda: jax.lax.map(moved, (tasks, keys)))()
+    names = tuple(name for name, x in paths(found).items() if x.any())
+    if not names:
+        raise ValueError("curvature: the inner loop moves no parameter on these tasks: is its step size 0?")
+    return names
 
 
 def moved_hessian(
     adapt: Adapt, loss: Loss, params: Params, task: Task, key: Any, moved: Sequence[str], *, after: bool,
     side: str = "support",
 ) -> tuple[Callable[[Params], Params], Params]:  # fmt: skip
-    """Products with the Hessian of the loss before or after adaptation, over the `moved` parameters alone; and these.
-
-    Raises:
-      ValueError: where none moves.
-    """
-    if not moved:
-        raise ValueError("curvature: the inner loop moves no parameter on these tasks: is its step size 0?")
+    """Products with the Hessian of the loss before or after adaptation, over the `moved` parameters alone; and these."""
     adapted, (path, _) = adapt(loss, params, task.support, key)
     at = adapted if after else jax.tree.map(lambda x: x[0], path)
     f, part = restricted(of_loss(loss, getattr(task, side), key), at, f"^({'|'.join(map(re.escape, moved))})$")
     return hvp(f, part), part
 
 
-def layer_step_sizes(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> dict[str, StableStep]:
+def layer_step_sizes(
+    adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, moved: Sequence[str], k: int
+) -> dict[str, StableStep]:
     """2/λmax [tasks] of the support loss before adaptation over each layer alone, of those that the inner loop moves."""
     keys = keys_for(root, "diagnose/layers", 0, len(jax.tree.leaves(tasks)[0]))
     layers: dict[str, list[str]] = {}
-    for name in moved_names(adapt, loss, params, tasks, root):
+    for name in moved:
         layers.setdefault(name.rpartition("/")[0] or name, []).append(name)
 
     def one(pair):
@@ -146,20 +157,23 @@ def layer_step_sizes(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root
         found = {}
         for layer, names in layers.items():
             product, at = moved_hessian(adapt, loss, params, task, key, names, after=False)
-            found[layer] = stable_step_size(product, at, min(k, _size(at)), key)
+            found[layer] = stable_step_size(product, at, lanczos_steps(k, at, params), key)
         return found
 
     return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
 
 
-def _size(params: Params) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
+def lanczos_steps(k: int, part: Params, params: Params) -> int:
+    """k, or all that a part of the parameters has room for. More than there are parameters at all is left to be refused."""
+    there, everywhere = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (part, params))
+    return k if k > everywhere else min(k, there)
 
 
-def moved_spectra(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> dict[str, Spectrum]:
+def moved_spectra(
+    adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any, moved: Sequence[str], k: int
+) -> dict[str, Spectrum]:
     """Spectra [tasks, k] of support and query loss before and after adaptation over what it moves, without vectors."""
     keys = keys_for(root, "diagnose/spectra", 0, len(jax.tree.leaves(tasks)[0]))
-    moved = moved_names(adapt, loss, params, tasks, root)
 
     def one(pair):
         task, key = pair
@@ -167,7 +181,7 @@ def moved_spectra(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: A
         for side in ("support", "query"):
             for when in ("before", "after"):
                 product, at = moved_hessian(adapt, loss, params, task, key, moved, after=when == "after", side=side)
-                spectrum = lanczos(product, at, min(k, _size(at)), key_for(root, "diagnose/start"))
+                spectrum = lanczos(product, at, lanczos_steps(k, at, params), key_for(root, "diagnose/start"))
                 found[f"{side}/{when}"] = spectrum._replace(vectors=())
         return found
 
@@ -190,7 +204,11 @@ def sgd_step_size(cfg: DictConfig) -> float | None:
     """The inner step size that 2/λmax bounds: that of SGD, where it is one number; None under other optimizers."""
     size = cfg.algorithm.get("step_size")
     optimizers = set(re.findall(r"_target_: (optax\.\w+)", OmegaConf.to_yaml(cfg.algorithm)))
-    return float(size) if isinstance(size, int | float) and optimizers <= {"optax.sgd", "optax.chain"} else None
+    return (
+        float(size)
+        if isinstance(size, int | float) and "optax.sgd" in optimizers <= {"optax.sgd", "optax.chain"}
+        else None
+    )
 
 
 def path_rows(path: Path) -> list[Mapping[str, Any]]:

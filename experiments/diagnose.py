@@ -75,8 +75,10 @@ def _curvature(cfg, learner, kept):
     }
     state, last, k = kept[max(kept)].state, seen[max(kept)], cfg.diagnostics.curvature.lanczos
     tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, cfg.diagnostics.curvature.tasks))
-    spectra = jax.device_get(curvature.moved_spectra(adapt, learner.loss, state.params, tasks, state.key, k))
-    layers = curvature.layer_step_sizes(adapt, learner.loss, state.params, tasks, state.key, k)
+    at = adapt, learner.loss, state.params, tasks, state.key
+    moved = curvature.moved_names(*at)
+    spectra = jax.device_get(curvature.moved_spectra(*at, moved, k))
+    layers = jax.device_get(curvature.layer_step_sizes(*at, moved, k))
     numbers = {
         "path": curvature.path_rows(last.path),
         "stable_step_size": {
@@ -84,7 +86,7 @@ def _curvature(cfg, learner, kept):
             **{name: np.asarray(x).tolist() for name, x in last.stable._asdict().items()},
         },
         "stable_step_size_of_layers": [
-            {"layer": layer, **{name: float(np.median(x)) for name, x in jax.device_get(one)._asdict().items()}}
+            {"layer": layer, **{name: float(np.median(x)) for name, x in one._asdict().items()}}
             for layer, one in layers.items()
         ],
         "first_order": [

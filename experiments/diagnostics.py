@@ -105,7 +105,7 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Seen]:
         found = statistics(gradients)
         layers = {name: (found.layer_norms[name].mean(), found.gsnr[name]) for name in found.gsnr}
         queries = None
-        if hasattr(learner.loss, "per_example") and not hasattr(learner.loss, "two_argument"):
+        if hasattr(learner.loss, "per_example") and getattr(learner.loss, "is_gradient", True):
             queries = _queries(cfg, learner, params, tasks, keys, step)
         return Seen(tasks, losses, found.norms, found.cosines, found.noise, coherence(gradients), layers, queries)
 

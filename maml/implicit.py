@@ -45,7 +45,7 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
         raise ValueError(f"cg_steps={cg_steps!r}, damping={damping}: give 1 step or more, and a damping of 0 or more")
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
-        if getattr(loss, "two_argument", None):
+        if not getattr(loss, "is_gradient", True):
             raise ValueError("implicit: a semi-gradient is the gradient of no loss, so there is no optimum to adapt to")
         if getattr(loss, "indexed", False):
             raise ValueError(

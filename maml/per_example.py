@@ -300,7 +300,7 @@ def weighted(loss: Any) -> Loss:
     Raises:
       ValueError: for a loss without `per_example`, and for a semi-gradient, whose field would be lost.
     """
-    if not hasattr(loss, "per_example") or hasattr(loss, "two_argument"):
+    if not hasattr(loss, "per_example") or not getattr(loss, "is_gradient", True):
         raise ValueError(
             "weighted: the loss must be a mean over examples with per_example(params, batch, key) -> [examples], and no "
             "semi-gradient: make it with losses.mse or losses.cross_entropy, or set the attribute"

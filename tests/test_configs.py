@@ -17,6 +17,7 @@ from maml import train
 from maml.tasks import images
 from maml.tasks.episodes import ClassImages
 from maml.tasks.splits import read_split
+from tests.helpers import twins
 from tests.programs import ROOT, config
 
 CONF = ROOT / "conf"
@@ -158,15 +159,11 @@ def test_values_reach_the_callables():
 # --- everything runs ---
 
 
-def slow_if(slow: bool, *values):
-    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
-
-
 WHOLE = ("omniglot_5way_1shot_mlp", "sinusoid", "td0_value_prediction")
 """The experiments that run by default: the others are the same programs of other sizes."""
 
 
-@pytest.mark.parametrize("name", [slow_if("omniglot" in n and n not in WHOLE, n) for n in EXPERIMENTS])
+@pytest.mark.parametrize("name", twins([n for n in EXPERIMENTS if "omniglot" not in n or n in WHOLE], EXPERIMENTS))
 @pytest.mark.usefixtures("synthetic")
 def test_every_experiment_is_built(name):
     """At its own sizes: what does not fit is refused here."""
@@ -179,11 +176,10 @@ def test_every_experiment_is_built(name):
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [
-        slow_if(n not in WHOLE or algorithm == "fomaml", n, [f"algorithm={algorithm}"] * bool(algorithm))
-        for n in EXPERIMENTS
-        for algorithm in (("maml", "fomaml") if "omniglot" in n else (None,))
-    ],
+    twins(
+        [(n, ()) for n in WHOLE],
+        [(n, ()) for n in EXPERIMENTS] + [(n, ("algorithm=fomaml",)) for n in EXPERIMENTS if "omniglot" in n],
+    ),
 )
 @pytest.mark.usefixtures("synthetic", "quick_compiler")
 def test_every_experiment_runs(name, overrides):
@@ -200,17 +196,24 @@ def tfds_dir() -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", [slow_if(n != "omniglot_5way_1shot_mlp", n) for n in EXPERIMENTS if "omniglot" in n])
+@pytest.mark.parametrize("name", twins(WHOLE, [n for n in EXPERIMENTS if "omniglot" in n]))
 @pytest.mark.usefixtures("quick_compiler")
 def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
     logged, _ = two_steps(f"experiment={name}", f"task.data_dir={tfds_dir()}", f"+task.cache_dir={tmp_path}")
     assert list(logged) == [1, 2]
 
 
-@pytest.mark.parametrize("name", [slow_if(n != "mlp_batch_norm", n) for n in NAMES["model"]])
+@pytest.mark.parametrize("name", twins(("mlp_batch_norm",), NAMES["model"]))
 @pytest.mark.usefixtures("synthetic", "quick_compiler")
 def test_every_model_runs_inductively(name):
     two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")
+
+
+@pytest.mark.parametrize("name", twins(("joint",), ("fomaml", "joint", "maml", "maml_on_grid")))
+def test_every_algorithm_runs(name):  # as a whole the family is in test_algorithms.py
+    logged, metrics = two_steps(f"algorithm={name}")
+    assert ("support/loss" in logged[1]) == (config(f"algorithm={name}").algorithm.steps > 0)
+    assert metrics["step_1/loss"] != metrics["step_0/loss"]
 
 
 # shots (4 are those of training), tasks, queries per class, norm

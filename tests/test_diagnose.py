@@ -6,10 +6,12 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import build, curvature, diagnose, pictures, run
 from maml.curvature import hessian, paths
+from maml.inner_loop import unroll
 from maml.losses import mse, semi_gradient, td0
 from maml.random import keys_for
 from maml.types import as_argument
@@ -151,28 +153,42 @@ def test_curvature_needs_an_inner_loop_that_follows_a_gradient(tmp_path):
     assert "algorithm joint takes no inner steps; set every=0" in ended.err
     cfg = config(*SMALL, "diagnostics.curvature.lanczos=10000")
     learner = build.learner(cfg)
+    with pytest.raises(ValueError, match="k=10000: there are"):
+        curvature.callback(cfg, learner, [])
     for field in (semi_gradient(lambda p, t, b, k: (jnp.zeros(()), {})), td0(learner.apply, target="stop")):  # noqa: ARG005
         with pytest.raises(ValueError, match="semi-gradient"):
             curvature.measurement(cfg, learner.__class__(**{**vars(learner), "loss": field}))
-    adapt, params = curvature.inner_loop(config(*SMALL)), learner.state.params
+    tasks = learner.sampler(jax.random.split(jax.random.key(0), 1))
     with pytest.raises(ValueError, match="moves no parameter"):
-        curvature.moved_hessian(adapt, learner.loss, params, None, jax.random.key(0), (), after=False)
+        curvature.moved_names(unroll(optax.sgd(0.0), 1), learner.loss, learner.state.params, tasks, jax.random.key(0))
+
+
+def test_a_parameter_that_an_exact_zero_keeps_still_is_one_that_moves():
+    """A head of zeros: at the start no gradient reaches the body, and one meta-step later it does."""
+    learner = build.learner(config(*SMALL))
+    params = jax.tree.map(jnp.zeros_like, learner.state.params)
+    tasks = learner.sampler(jax.random.split(jax.random.key(0), 1))
+    adapt = curvature.inner_loop(config(*SMALL))
+    assert curvature.moved_names(adapt, learner.loss, params, tasks, learner.state.key) == tuple(paths(params))
 
 
 def test_spectra_are_those_over_what_the_inner_loop_moves():
     """The head's 9 parameters of 97 (a plain mask would leave 88 eigenvalues of zero), with more Lanczos steps than that."""
-    cfg = config(*SMALL, "algorithm=anil", "model.kernel_init.stddev=0.5", "diagnostics.curvature.lanczos=30")
+    cfg = config(*SMALL, *ON, "algorithm=anil", "diagnostics.curvature.tasks=2")
     learner = build.learner(cfg)
     params, key = learner.state.params, learner.state.key
-    tasks, adapt = learner.sampler(jax.random.split(jax.random.key(1), 2)), curvature.inner_loop(cfg)
-    found = curvature.moved_spectra(adapt, learner.loss, params, tasks, key, 30)["support/before"].values
+    tasks, adapt = learner.sampler(keys_for(key, "diagnostics/curvature", 0, 2)), curvature.inner_loop(cfg)
+    moved = curvature.moved_names(adapt, learner.loss, params, tasks, key)
+    found = curvature.moved_spectra(adapt, learner.loss, params, tasks, key, moved, 30)["support/before"].values
     measured = curvature.measurement(cfg, learner)(params, as_argument(learner.sampler), key, jnp.int32(0))
     assert found.shape == (2, 9)
-    assert (measured.stable.step_size > 0).all()
+    assert set(moved) == {"head/kernel", "head/bias"}
     for i in range(2):
         support = jax.tree.map(lambda x, i=i: x[i], tasks.support)
         dense = hessian(lambda p, s=support: learner.loss(p, s, key)[0], params).block("^head/")
-        np.testing.assert_allclose(found[i], np.linalg.eigvalsh(np.asarray(dense)), rtol=1e-3, atol=1e-5)
+        eigenvalues = np.linalg.eigvalsh(np.asarray(dense))
+        np.testing.assert_allclose(found[i], eigenvalues, rtol=1e-3, atol=1e-5)
+        assert measured.stable.step_size[i] == pytest.approx(2 / eigenvalues[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The inner loop against optax run by hand, closed forms, and central differences in float64."""
 
 import itertools
+import os
 from functools import partial
 
 import jax
@@ -153,6 +154,10 @@ def make(name: str) -> optax.GradientTransformation:
 )
 def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zero_gradient(name):
     """The gradient of "a" is zero, and so is an element of that of "b"; the curvature is not, so that both count."""
+    if name == "lamb" and "fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+        pytest.skip(
+            "its norms multiply roundings by 1e13 here, and XLA's older generator of code has others: XLA_FLAGS= pytest"
+        )
     optimizer, params = make(name), {"a": jnp.ones((2, 3)), "b": jnp.array([0.5, 0.0, -1.0])}
 
     def loss(params, batch, key):
@@ -172,9 +177,7 @@ def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zer
     )
     (grads, after), (other, _) = both(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
-    # Norms of LAMB hand the 1e13 of the element without a gradient to the others, up to rounding.
-    atol = 1e-6 * max(np.abs(x).max() for x in jax.tree.leaves(grads)) if name == "lamb" else 0.0
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=atol), other, grads)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), other, grads)
     state = optimizer.init(params)
     for _ in range(3):
         updates, state = update({"a": params["a"] - 1, "b": params["b"] + 1}, state, params)

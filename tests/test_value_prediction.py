@@ -113,7 +113,7 @@ def test_boyans_chain_has_the_published_values_and_features(chains):
     np.testing.assert_allclose(inputs @ np.array([-24.0, -16.0, -8.0, 0.0]), values[..., 0], atol=1e-4)
     np.testing.assert_allclose(inputs[0, [12, 11, 9, 8, 0]], [
         [1, 0, 0, 0], [0.75, 0.25, 0, 0], [0.25, 0.75, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1],
-    ], atol=1e-6)  # fmt: skip
+    ])  # fmt: skip
     now, then = recovered(chains, 0)
     rewards, discounts = chains.support.reward_t[0, :, 0], chains.support.discount_t[0, :, 0]
     assert now.min() >= 1  # nothing leaves the last state

@@ -85,7 +85,7 @@ def _seen(
         )
     if features := getattr(loss, "features", None):
         of_own.features = lambda own, inputs: features(params(own, None), inputs)
-    of_own.indexed = indexed
+    of_own.indexed, of_own.is_gradient = indexed, getattr(loss, "is_gradient", True)
     return of_own
 
 

@@ -145,9 +145,9 @@ def _batching(primitive: Primitive, folds: tuple[tuple[int, int], tuple[int, int
 
 def _shifts(x, size, strides, pads, axis: int = 1):
     """What each position in the kernel meets of an image whose height and width are the axes `axis` and axis + 1."""
-    room = [(0, 0)] * x.ndim
-    room[axis : axis + 2] = pads
-    x = jnp.pad(x, room)
+    room = [(0, 0, 0)] * x.ndim
+    room[axis : axis + 2] = [(*pad, 0) for pad in pads]
+    x = lax.pad(x, jnp.zeros((), x.dtype), room)
 
     def along(axis, n, k, s):  # slices of an axis, for each position
         high = (n - k) // s + 1
@@ -205,42 +205,37 @@ def _conv_kernel(x, dy, *, strides, pads, size):
 # kernel, and the results for each row shifted against each other and added. A third of the copies for a 3×3 kernel.
 
 
-def _row_patches(x, width: int, pads, axis: int = 3):
-    """An image padded, with each position in a row of the kernel as a slow part of the axis of channels.
-
-    `pads` may be negative: in the derivative, where a padding exceeds the kernel.
-    """
-    room = [(0, 0), *pads, (0, 0)] if axis == 3 else [(0, 0), (0, 0), *pads]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in room])
-    along = 2 if axis == 3 else 3
-    new = x.shape[along] - width + 1
-    return jnp.concatenate([lax.slice_in_dim(x, j, j + new, axis=along) for j in range(width)], axis)
-
-
 def _conv_by_rows(x, k, *, strides, pads, size):
-    del strides, size
+    del size
     rows, features = k.shape[0], k.shape[-1]
     height = x.shape[1] + sum(pads[0]) - rows + 1
-    y = _row_patches(x, k.shape[1], pads) @ k.transpose(1, 2, 0, 3).reshape(-1, rows * features)
+    y = _patches(x, (1, k.shape[1]), strides, pads) @ k.transpose(1, 2, 0, 3).reshape(-1, rows * features)
     parts = [y[:, i : i + height, :, i * features : (i + 1) * features] for i in range(rows)]
     return functools.reduce(jnp.add, parts)
 
 
 def _kernel_by_rows(x, dy, *, strides, pads, size):
-    del strides
     rows, width = size
-    patches = _row_patches(lax.optimization_barrier(jnp.moveaxis(x, -1, 0)), width, pads, axis=0)
+    patches = jnp.concatenate(
+        _shifts(lax.optimization_barrier(jnp.moveaxis(x, -1, 0)), (1, width), strides, pads, axis=2)
+    )
     shifted = [jnp.pad(dy, ((0, 0), (i, rows - 1 - i), (0, 0), (0, 0))) for i in range(rows)]
     shifted = jnp.concatenate(shifted, -1).reshape(-1, rows * dy.shape[-1])
     dk = lax.optimization_barrier(patches.reshape(-1, shifted.shape[0])) @ shifted
     return dk.reshape(width, x.shape[-1], rows, dy.shape[-1]).transpose(2, 0, 1, 3)
 
 
-def _input_by_rows(dy, k, *, strides, pads, size):  # a convolution with the kernel turned round
+def _input_by_rows(dy, k, *, strides, pads, size):
+    k, pads = _turned(dy, k, pads, size)
+    return _conv_by_rows(dy, k, strides=strides, pads=pads, size=())
+
+
+def _turned(dy, k, pads, size):
+    """Kernel and pads of the convolution of dy that is dx, without a stride; negative pads where those of x exceed the kernel."""
     pads = [
         (m - 1 - low, n + low - d) for n, d, m, (low, _) in zip(size, dy.shape[1:3], k.shape[:2], pads, strict=True)
     ]
-    return _conv_by_rows(dy, jnp.flip(k, (0, 1)).swapaxes(2, 3), strides=strides, pads=pads, size=())
+    return jnp.flip(k, (0, 1)).swapaxes(2, 3), pads
 
 
 _BY_ROWS = {_conv: _conv_by_rows, _conv_input: _input_by_rows, _conv_kernel: _kernel_by_rows}
@@ -306,12 +301,9 @@ def _xla(x, k, *, strides, pads, size=()):
 
 
 def _xla_input(dy, k, *, size, **how):
-    if max(how["strides"]) == 1:  # a convolution with the kernel turned round
-        pads = [
-            (m - 1 - low, n + low - d)
-            for n, d, m, (low, _) in zip(size, dy.shape[1:3], k.shape[:2], how["pads"], strict=True)
-        ]
-        return _xla(dy, jnp.flip(k, (0, 1)).swapaxes(2, 3), strides=(1, 1), pads=pads)
+    if max(how["strides"]) == 1:
+        k, pads = _turned(dy, k, how["pads"], size)
+        return _xla(dy, k, strides=(1, 1), pads=pads)
     x = jax.ShapeDtypeStruct((dy.shape[0], *size, k.shape[2]), dy.dtype)
     return jax.linear_transpose(lambda x: _xla(x, k, **how), x)(dy)[0]
 
