@@ -176,6 +176,13 @@ def with_derivative(cfg: DictConfig, name: str) -> DictConfig:
     return cfg
 
 
+def kernel_codes(cfg: DictConfig) -> tuple[Any, str] | None:
+    """The quantizer of kernels that the model has, or else the inner loop, and a pattern for their paths; None without."""
+    if "kernels" in cfg.model and (kernels := instantiate(cfg.model.kernels)) is not None:
+        return kernels, f"^(?=.*(?:{cfg.model.layers})).*kernel$"
+    return (instantiate(cfg.algorithm.grid), "kernel") if "grid" in cfg.algorithm else None
+
+
 def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
     """The sampler of a split; `sizes` (ways, shots, queries) replace those of the task where it has them."""
     node = {k: v for k, v in cfg.task.items() if k != "loss"}

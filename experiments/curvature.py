@@ -3,7 +3,8 @@
 `diagnostics.curvature.every=500` logs, on tasks drawn for it (the same in a resumed run):
 
     diagnostics/curvature/stable_step_size_...    2/λmax of the support loss before adaptation, over what the inner loop moves
-    diagnostics/curvature/step_i/...              along the path: curvature, predicted and actual decrease of the support loss
+    diagnostics/curvature/step_i/...              along the path: curvature, predicted and actual decrease of the support loss;
+                                                  of a quantized model the share of codes that the step changes
     diagnostics/curvature/first_order_...         cosine and norm ratio of the first-order to the full meta-gradient
 """
 
@@ -27,21 +28,27 @@ from maml.curvature import (
     first_order_comparison,
     hvp,
     lanczos,
+    largest_update_singular_values,
     of_loss,
     paths,
     restricted,
     stable_step_size,
 )
+from maml.quantization import code_metrics
 from maml.random import key_for, keys_for
-from maml.types import Adapt, Loss, Params, Task, as_argument
+from maml.types import Adapt, Loss, MetaParams, Params, Task, as_argument
+
+PSEUDO_OBJECTIVE = "maml.objectives.parameter_distance"
+"""Its gradient is an update by definition, and its value nothing that falls."""
 
 
 class Curvatures(NamedTuple):
-    """Of each task [tasks, ...], and the comparison of their mean meta-gradients."""
+    """Of each task [tasks, ...], and the comparison of their mean meta-gradients. `codes` [tasks, steps] of quantized kernels."""
 
     path: Path
     stable: StableStep
     comparison: Comparison
+    codes: Mapping[str, jax.Array]
 
 
 def callback(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) -> Callable[[train.Progress], None]:
@@ -67,6 +74,7 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
     """Compiled: (params, sampler, root key, meta-step) -> Curvatures."""
     adapt, settings = inner_loop(cfg), cfg.diagnostics.curvature
     of_loss(learner.loss, (), jax.random.key(0))
+    quantized = build.kernel_codes(cfg)
     samples = learner.sampler(keys_for(learner.state.key, "diagnostics/curvature", 0, settings.tasks))
     moved = moved_names(adapt, learner.loss, learner.state.params, samples, learner.state.key)
     full, cut = (
@@ -82,13 +90,15 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
             task, key = pair
             path = adaptation_path(adapt, learner.loss, params, task.support, key)
             product, at = moved_hessian(adapt, learner.loss, params, task, key, moved, after=False)
-            return path, stable_step_size(product, at, lanczos_steps(settings.lanczos, at, params), key)
+            taken = adapt(learner.loss, params, task.support, key).trace.params
+            codes = code_metrics(taken, *quantized) if quantized else {}
+            return path, stable_step_size(product, at, lanczos_steps(settings.lanczos, at, params), key), codes
 
         def mean(objective):
             return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
 
-        path, stable = jax.lax.map(one, (tasks, keys))
-        return Curvatures(path, stable, first_order_comparison(mean(full), mean(cut), params))
+        path, stable, codes = jax.lax.map(one, (tasks, keys))
+        return Curvatures(path, stable, first_order_comparison(mean(full), mean(cut), params), codes)
 
     return measure
 
@@ -163,6 +173,46 @@ def layer_step_sizes(
     return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
 
 
+def meta_spectrum(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root: Any, step: Any, k: int) -> Spectrum:
+    """Of the mean objective of these tasks, over the meta-parameters, without vectors: products through the inner loop.
+
+    Raises:
+      ValueError: for an objective that is no function of the meta-parameters but defines an update.
+    """
+    if cfg.algorithm.objective["_target_"] == PSEUDO_OBJECTIVE:
+        raise ValueError(
+            f"meta-objective: that of algorithm {cfg.algorithm.name} defines an update, and has no Hessian"
+        )
+    objective = build.build_objective(build.with_derivative(cfg, "reverse"), loss)
+    keys = keys_for(root, "diagnose/meta", 0, len(jax.tree.leaves(tasks)[0]))
+
+    def mean(p):
+        return jax.lax.map(jax.checkpoint(lambda pair: objective(p, pair[0], pair[1], step)[0]), (tasks, keys)).mean()
+
+    def spectrum():
+        product = hvp(mean, params)
+        return lanczos(product, params, lanczos_steps(k, params, params), key_for(root, "diagnose/start"))
+
+    return jax.jit(spectrum)()._replace(vectors=())
+
+
+def update_values(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> jax.Array:
+    """The largest singular values [tasks, k] of ∂θ_K/∂θ₀ for each task, over the model's parameters."""
+    adapt = build.inner_loop(build.with_derivative(cfg, "reverse"))
+    keys = keys_for(root, "diagnose/update", 0, len(jax.tree.leaves(tasks)[0]))
+    start, whole = (params.params, params._replace) if isinstance(params, MetaParams) else (params, None)
+
+    def from_start(loss, start, support, key):
+        return adapt(loss, whole(params=start) if whole else start, support, key)
+
+    def one(pair):
+        task, key = pair
+        parts = loss, start, task.support, key, lanczos_steps(k, start, params), key_for(root, "diagnose/start")
+        return largest_update_singular_values(from_start, *parts)
+
+    return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
+
+
 def lanczos_steps(k: int, part: Params, params: Params) -> int:
     """k, or all that a part of the parameters has room for. More than there are parameters at all is left to be refused."""
     there, everywhere = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (part, params))
@@ -194,8 +244,8 @@ def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
     values |= {"stable_step_size_min": stable.min(), "stable_step_size_median": np.median(stable)}
     if (size := sgd_step_size(cfg)) is not None:
         values["beyond_stable"] = (stable < size).mean()
-    for i in range(seen.path.loss.shape[1]):
-        values |= {f"step_{i + 1}/{name}": np.mean(x[:, i]) for name, x in seen.path._asdict().items()}
+    for row in path_rows(seen):
+        values |= {f"step_{row['step']}/{name}": x for name, x in row.items() if name != "step"}
     values |= {f"first_order_{name}": x for name, x in seen.comparison._asdict().items()}
     return {name: float(value) for name, value in values.items()}
 
@@ -211,9 +261,10 @@ def sgd_step_size(cfg: DictConfig) -> float | None:
     )
 
 
-def path_rows(path: Path) -> list[Mapping[str, Any]]:
+def path_rows(seen: Curvatures) -> list[Mapping[str, Any]]:
     """A row for each inner step, means over tasks."""
+    columns = {**seen.path._asdict(), **seen.codes}
     return [
-        {"step": i + 1, **{name: float(np.mean(x[:, i])) for name, x in path._asdict().items()}}
-        for i in range(path.loss.shape[1])
+        {"step": i + 1, **{name: float(np.mean(x[:, i])) for name, x in columns.items()}}
+        for i in range(seen.path.loss.shape[1])
     ]

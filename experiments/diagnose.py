@@ -21,6 +21,7 @@ from experiments import build, curvature, diagnostics, results
 from experiments.program import on_run, write
 from maml import plots, train
 from maml.checkpoint import Checkpoints
+from maml.loggers import read_json_lines
 from maml.random import keys_for
 from maml.types import as_argument
 
@@ -28,8 +29,10 @@ ALLOWED = ("diagnostics.", "task.data_dir")
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def load(directory: Path, overrides: Sequence[str]) -> tuple[DictConfig, build.Learner, dict[int, train.Progress]]:
-    """Config, learner, and the progress at every checkpoint of a run, oldest first.
+def load(
+    directory: Path, overrides: Sequence[str]
+) -> tuple[DictConfig, build.Learner, dict[int, train.Progress], list[dict[str, Any]]]:
+    """Config, learner, the progress at every checkpoint of a run, oldest first, and what it logged.
 
     Raises:
       ValueError: for a directory without checkpoints, and keys that are not of the diagnostics.
@@ -49,16 +52,22 @@ def load(directory: Path, overrides: Sequence[str]) -> tuple[DictConfig, build.L
     template = train.begin(learner.state, learner.step, learner.sampler)
     if not (kept := checkpoints.restore_all(template)):
         raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'} can be read; run it anew")
-    return cfg, learner, kept
+    path = directory / "metrics.jsonl"
+    return cfg, learner, kept, list(read_json_lines(path)) if path.exists() else []
 
 
-def diagnose(cfg: DictConfig, learner: build.Learner, kept: Mapping[int, train.Progress]) -> dict[str, Any]:
+def diagnose(
+    cfg: DictConfig,
+    learner: build.Learner,
+    kept: Mapping[int, train.Progress],
+    logged: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The numbers of the report, of the newest checkpoint where nothing else is said; and its figures under "figures"."""
     report: dict[str, Any] = {"algorithm": cfg.algorithm.name, "meta_step": max(kept), "left_out": []}
     figures: dict[str, plots.Figure] = {}
-    for part in (_curvature, _per_example):
+    for part in (_curvature, _meta, _per_example):
         try:
-            numbers, drawn = part(cfg, learner, kept)
+            numbers, drawn = part(cfg, learner, kept, logged)
         except ValueError as error:
             report["left_out"].append(str(error))
             continue
@@ -67,7 +76,7 @@ def diagnose(cfg: DictConfig, learner: build.Learner, kept: Mapping[int, train.P
     return report | {"figures": figures}
 
 
-def _curvature(cfg, learner, kept):
+def _curvature(cfg, learner, kept, logged):
     measure, adapt = curvature.measurement(cfg, learner), curvature.inner_loop(cfg)
     sampler = as_argument(learner.sampler)
     seen = {
@@ -79,8 +88,11 @@ def _curvature(cfg, learner, kept):
     moved = curvature.moved_names(*at)
     spectra = jax.device_get(curvature.moved_spectra(*at, moved, k))
     layers = jax.device_get(curvature.layer_step_sizes(*at, moved, k))
+    comparisons = _first_order(logged) | {
+        step: {name: float(x) for name, x in s.comparison._asdict().items()} for step, s in seen.items()
+    }
     numbers = {
-        "path": curvature.path_rows(last.path),
+        "path": curvature.path_rows(last),
         "stable_step_size": {
             "inner_step_size": curvature.sgd_step_size(cfg),
             **{name: np.asarray(x).tolist() for name, x in last.stable._asdict().items()},
@@ -89,25 +101,14 @@ def _curvature(cfg, learner, kept):
             {"layer": layer, **{name: float(np.median(x)) for name, x in one._asdict().items()}}
             for layer, one in layers.items()
         ],
-        "first_order": [
-            {"meta_step": step, **{n: float(x) for n, x in s.comparison._asdict().items()}} for step, s in seen.items()
-        ],
-        "spectra": [
-            {
-                "loss": name,
-                "largest": float(s.values[:, -1].mean()),
-                "largest_residual": float(s.residuals[:, -1].max()),
-                "smallest": float(s.values[:, 0].mean()),
-                "smallest_residual": float(s.residuals[:, 0].max()),
-            }
-            for name, s in spectra.items()
-        ],
+        "first_order": [{"meta_step": step, **comparisons[step]} for step in sorted(comparisons)],
+        "spectra": [{"loss": name, **_ends(s)} for name, s in spectra.items()],
     }
-    steps = list(seen)
+    steps = sorted(comparisons)
     figures = {
         "spectra": plots.spectra({name: (s.values.ravel(), s.weights.ravel() / len(s.values)) for name, s in spectra.items()}),
         "first_order": plots.learning_curves(
-            {"cosine to the full meta-gradient": (steps, [float(s.comparison.cosine) for s in seen.values()])}, "cosine"
+            {"cosine to the full meta-gradient": (steps, [comparisons[step]["cosine"] for step in steps])}, "cosine"
         ),
         "path": plots.step_curve(
             {name: _mean_ci(getattr(last.path, name)) for name in ("predicted", "actual")},
@@ -117,6 +118,43 @@ def _curvature(cfg, learner, kept):
     return numbers, figures
 
 
+def _first_order(logged: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """What `diagnostics.curvature.every` logged of first order, by meta-step."""
+    prefix = "diagnostics/curvature/first_order_"
+    rows = [row for row in logged if f"{prefix}cosine" in row]
+    return {
+        row["step"]: {name.removeprefix(prefix): x for name, x in row.items() if name.startswith(prefix)}
+        for row in rows
+    }
+
+
+def _ends(spectra: Any) -> dict[str, float]:
+    """Both ends of spectra [tasks, k] or [k], means over tasks, each with its largest residual."""
+    values, residuals = np.atleast_2d(spectra.values), np.atleast_2d(spectra.residuals)
+    return {
+        "largest": float(values[:, -1].mean()),
+        "largest_residual": float(residuals[:, -1].max()),
+        "smallest": float(values[:, 0].mean()),
+        "smallest_residual": float(residuals[:, 0].max()),
+    }
+
+
+def _meta(cfg, learner, kept, logged):
+    del logged
+    state, settings = kept[max(kept)].state, cfg.diagnostics.curvature
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, settings.tasks))
+    at = cfg, learner.loss, state.params, tasks, state.key, state.step
+    meta = jax.device_get(curvature.meta_spectrum(*at, settings.lanczos))
+    numbers: dict[str, Any] = {"meta_objective": _ends(meta) | {"tasks": settings.tasks}}
+    if cfg.algorithm.steps:
+        values = jax.device_get(curvature.update_values(*at[:-1], settings.lanczos))
+        numbers["update"] = [
+            {"singular value": i + 1, "median over tasks": float(np.median(x)), "largest": float(x.max())}
+            for i, x in enumerate(values.T[:SINGULAR_VALUES])
+        ]
+    return numbers, {}
+
+
 def _mean_ci(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means over tasks and their standard errors."""
     return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.full(
@@ -124,7 +162,8 @@ def _mean_ci(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _per_example(cfg, learner, kept):
+def _per_example(cfg, learner, kept, logged):
+    del logged
     state = kept[max(kept)].state
     measure = diagnostics.measurement(cfg, learner)
     seen = jax.device_get(measure(state.params, as_argument(learner.sampler), state.key, state.step))
@@ -138,6 +177,9 @@ def _per_example(cfg, learner, kept):
                 figures[f"worst_{side}"] = figure
     return numbers, figures
 
+
+SINGULAR_VALUES = 5
+"""How many of the largest the report has."""
 
 SECTIONS: Mapping[str, tuple[str, str]] = {
     "spectra": (
@@ -158,7 +200,18 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
         "Means over tasks. curvature: κ along the step; predicted: decrease of the quadratic at hand; actual: decrease of the "
         "support loss.",
     ),
-    "first_order": ("First-order against full meta-gradient", "At each checkpoint that was kept."),
+    "first_order": (
+        "First-order against full meta-gradient",
+        "Over training: where `diagnostics.curvature.every` logged it, and at each checkpoint that was kept.",
+    ),
+    "meta_objective": (
+        "Spectrum of the meta-objective's Hessian",
+        "Ends of the spectrum of the mean objective of these tasks, through the inner loop, over all meta-parameters.",
+    ),
+    "update": (
+        "Singular values of the update Jacobian",
+        "Largest of ∂θ_K/∂θ₀ over the model's parameters: far above 1 meta-gradients explode.",
+    ),
     "gradients": (
         "Meta-gradients of tasks, query examples and support examples",
         "noise_scale in tasks or examples; NaN where it is not resolved.",

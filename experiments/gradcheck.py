@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from omegaconf import DictConfig
 
-from experiments import build
+from experiments import build, curvature
 from experiments.program import run_program
 from maml.derivatives import reverse
-from maml.gradcheck import Gradcheck, frozen, meta_gradcheck
+from maml.gradcheck import Gradcheck, asymmetry, frozen, meta_gradcheck
 from maml.random import key_for, keys_for
-from maml.types import Params
+from maml.types import Params, Task
 
 STRAIGHT_THROUGH = "straight_through"
 """The `jax.named_scope` of quantisers: their stopped residuals are constants for the differences (`maml.gradcheck.frozen`)."""
@@ -31,8 +31,13 @@ def check(cfg: DictConfig) -> Gradcheck:
     """The mean objective of some tasks of meta-training, near the initial parameters, and the inner gradient of the first task.
 
     Raises:
-      ValueError: for an inner loop in bfloat16, whose roundings have no derivative.
+      ValueError: for an inner loop in bfloat16, whose roundings have no derivative, and an update that is by definition none.
     """
+    if cfg.algorithm.objective["_target_"] == curvature.PSEUDO_OBJECTIVE:
+        raise ValueError(
+            f"algorithm {cfg.algorithm.name}: parameter_distance defines an update, and is no program to be differentiated; "
+            "give an algorithm with a query loss"
+        )
     if cfg.algorithm.get("precision", "float32") == "bfloat16":
         raise ValueError(
             "algorithm.precision=bfloat16: its roundings have no derivative; give algorithm.precision=float32"
@@ -43,29 +48,23 @@ def check(cfg: DictConfig) -> Gradcheck:
     with jax.enable_x64(True):
         params, tasks = _wide((learner.state.params, tasks))
         params = _off(params, key_for(root, "gradcheck/point"))
-        f, field = _programs(cfg, learner, tasks, keys_for(root, "gradcheck/objective", 0, sizes.tasks))
-        return meta_gradcheck(
-            f,
-            params,
-            key_for(root, "gradcheck/directions"),
-            directions=sizes.directions,
-            epsilon=sizes.epsilon,
-            program=frozen(f, params, scope=STRAIGHT_THROUGH),
-            field=field,
-        )
+        keys, key = keys_for(root, "gradcheck/objective", 0, sizes.tasks), key_for(root, "gradcheck/directions")
+        f = _mean_objective(cfg, learner, tasks, keys)
+        program = frozen(f, params, scope=STRAIGHT_THROUGH)
+        found = meta_gradcheck(f, params, key, directions=sizes.directions, epsilon=sizes.epsilon, program=program)
+        return found._replace(asymmetry=_asymmetry(cfg, learner, params, jax.tree.map(lambda x: x[0], tasks), key))
 
 
-def _programs(cfg: DictConfig, learner: build.Learner, tasks: Any, keys: Any) -> tuple[Callable, Callable]:
-    """The mean objective, and the inner gradient of the first task, as functions of the parameters."""
+def _mean_objective(cfg: DictConfig, learner: build.Learner, tasks: Task, keys: Any) -> Callable[[Params], jax.Array]:
     objective = build.build_objective(cfg, learner.loss)
+    return lambda params: jax.vmap(objective, (None, 0, 0, None))(params, tasks, keys, jnp.int32(0))[0].mean()
 
-    def f(params):
-        return jax.vmap(objective, (None, 0, 0, None))(params, tasks, keys, jnp.int32(0))[0].mean()
 
-    def field(params):
-        return reverse(learner.loss)(params, jax.tree.map(lambda x: x[0], tasks.support), keys[0])[0]
-
-    return f, field
+def _asymmetry(cfg: DictConfig, learner: build.Learner, params: Params, task: Task, key: Any) -> float:
+    """Of the inner gradient, at the model's parameters where the inner loop starts."""
+    path = build.inner_loop(cfg)(learner.loss, params, task.support, key).trace.params
+    start = jax.tree.map(lambda x: x[0], path)
+    return asymmetry(lambda p: reverse(learner.loss)(p, task.support, key)[0], start, key)
 
 
 def _wide(tree: Any) -> Any:

@@ -22,7 +22,8 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
     trace have one.
 
     A metric beside the loss's own: `stationarity`, |∇L(φ) + λ(φ - θ)| / |∇L(θ)| at the end, 0 at the optimum (the same for all
-    steps). `residual` reports how far the conjugate gradients come.
+    steps). `residual` reports how far the conjugate gradients come. It can be differentiated once: a second time, where
+    the stopped search would give zeros, is refused.
 
     Args:
       search: an inner loop, such as `unroll(optax.sgd(0.1), 16)`; it is given the proximal loss, and is not differentiated.
@@ -83,9 +84,24 @@ def _at_root(how: tuple[int, float], found: Params, slope: Params, product: Call
     return found
 
 
+@jax.custom_jvp
+def _differentiated_once(found: Params, slope: Params) -> Params:
+    del slope
+    return found
+
+
+@_differentiated_once.defjvp
+def _refuse(primals, tangents):
+    del primals, tangents
+    raise ValueError(
+        "implicit: iMAML's meta-gradient is that of a root, and has no derivative of its own (a Hessian of the meta-objective): "
+        "take an unrolled loop, algorithm=maml"
+    )
+
+
 def _at_root_forward(how, found, slope, product):
-    del how, slope
-    return found, product
+    del how
+    return _differentiated_once(found, slope), product
 
 
 def _at_root_backward(how, product, v):

@@ -21,6 +21,7 @@ from maml.curvature import (
     hvp,
     lanczos,
     largest_update_singular_values,
+    matvec_over_batches,
     of_loss,
     over_batches,
     restricted,
@@ -170,9 +171,27 @@ def test_batches_of_data_are_one_mean():
     v = random_like(4, params)
     a, b = hvp(over_batches(loss, batches, KEY), params)(v), hvp(together, params)(v)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-13), a, b)
+    inputs, labels = (x.reshape(12, *x.shape[2:]) for x in batches)
+
+    def each(logits, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def gauss_newton(batch):
+        return ggnvp(lambda p: apply(p, batch[0]), lambda logits: each(logits, batch[1]).mean(), params)
+
+    def fisher(batch):
+        return efvp(lambda p: each(apply(p, batch[0]), batch[1]), params)
+
+    for product in (gauss_newton, fisher):
+        a, b = jax.jit(matvec_over_batches(product, batches))(v), product((inputs, labels))(v)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-13), a, b)
+    uneven = matvec_over_batches(fisher, batches, jnp.asarray([0.0, 4.0, 0.0]))(v)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-13), uneven, fisher(jax.tree.map(lambda x: x[1], batches))(v)
+    )
     weights = jnp.asarray([1.0, 2.0, 5.0])  # a mean over examples, not the sum, and not the last batch
-    each = [of_loss(loss, jax.tree.map(lambda x, i=i: x[i], batches), KEY)(params) for i in range(3)]
-    assert over_batches(loss, batches, KEY, weights)(params) == pytest.approx(float(weights @ jnp.stack(each)) / 8)
+    values = [of_loss(loss, jax.tree.map(lambda x, i=i: x[i], batches), KEY)(params) for i in range(3)]
+    assert over_batches(loss, batches, KEY, weights)(params) == pytest.approx(float(weights @ jnp.stack(values)) / 8)
 
 
 @semi_gradient

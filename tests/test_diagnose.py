@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments import build, curvature, diagnose, pictures, run
-from maml.curvature import hessian, paths
+from maml.curvature import hessian, paths, update_singular_values
 from maml.inner_loop import unroll
 from maml.losses import mse, semi_gradient, td0
 from maml.random import keys_for
@@ -130,9 +130,12 @@ def test_a_damaged_checkpoint_is_left_out_of_the_report(done, tmp_path, caplog):
     for path in (tmp_path / "run" / "checkpoints" / "2").rglob("*"):
         if path.is_file() and "meta" not in path.parts:
             path.write_bytes(b"")
-    _, _, kept = diagnose.load(tmp_path / "run", [])
+    cfg, learner, kept, logged = diagnose.load(tmp_path / "run", ["diagnostics.curvature.tasks=3"])
     assert list(kept) == [4]
     assert "damaged, skipped" in caplog.text
+    rows = diagnose.diagnose(cfg, learner, kept, logged)["first_order"]
+    assert [row["meta_step"] for row in rows] == [2, 4]  # what was logged is there
+    assert set(rows[0]) == {"meta_step", "cosine", "norm_ratio"}
 
 
 def test_what_the_report_refuses(done, tmp_path):
@@ -191,6 +194,36 @@ def test_spectra_are_those_over_what_the_inner_loop_moves():
         assert measured.stable.step_size[i] == pytest.approx(2 / eigenvalues[-1], rel=1e-4)
 
 
+@pytest.mark.parametrize("overrides", [("algorithm=fomaml", "algorithm.step_size=0.1"), ("algorithm=meta_sgd",)])
+def test_the_meta_hessian_and_the_update_are_those_of_dense_matrices(overrides):
+    """The Hessian is that of the whole objective, also of a first-order algorithm, the update that of the model's parameters."""
+    cfg = config(*SMALL, *overrides, "algorithm.steps=2", "model.hidden=[3]", "model.kernel_init.stddev=0.5")
+    learner = build.learner(cfg)
+    state = learner.state
+    tasks = learner.sampler(keys_for(state.key, "any", 0, 2))
+    at = cfg, learner.loss, state.params, tasks, state.key
+    flat, unravel = jax.flatten_util.ravel_pytree(state.params)
+    exact = build.with_derivative(cfg, "reverse")
+    objective, adapt = build.build_objective(exact, learner.loss), build.inner_loop(exact)
+    each = [jax.tree.map(lambda x, i=i: x[i], tasks) for i in range(2)]
+
+    def mean(x):
+        return sum(objective(unravel(x), task, state.key, 0)[0] for task in each) / 2
+
+    dense = np.linalg.eigvalsh(np.asarray(jax.jit(jax.hessian(mean))(flat), np.float64))
+    found = curvature.meta_spectrum(*at, jnp.int32(0), k=flat.size)
+    assert found.values[-1] == pytest.approx(dense[-1], rel=1e-4)
+    assert found.values[0] == pytest.approx(dense[0], rel=1e-3)
+    model = getattr(state.params, "params", state.params)
+
+    def update(loss, p, support, key):
+        return adapt(loss, state.params._replace(params=p) if model is not state.params else p, support, key)
+
+    for task, ours in zip(each, curvature.update_values(*at, k=10), strict=True):
+        values = update_singular_values(update, learner.loss, model, task.support, state.key)
+        np.testing.assert_allclose(ours[:3], values[:3], rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [((), 0.1), (("algorithm=reptile", "optimizer=reptile"), None), (("algorithm=meta_sgd",), None)],
@@ -202,8 +235,7 @@ def test_the_bound_is_compared_with_the_step_size_of_sgd_alone(overrides, size):
 
 def test_a_report_leaves_out_what_there_is_not(tmp_path):
     run.run(config(*SMALL, "algorithm=joint", "logger=quiet"), tmp_path)
-    cfg, learner, kept = diagnose.load(tmp_path, ["diagnostics.per_example.tasks=2"])
-    report = diagnose.diagnose(cfg, learner, kept)
+    report = diagnose.diagnose(*diagnose.load(tmp_path, ["diagnostics.per_example.tasks=2"]))
     assert "takes no inner steps" in report["left_out"][0]
     assert "gradients" in report
     assert "path" not in report

@@ -279,6 +279,28 @@ def test_the_program_passes_maml(tmp_path):
     assert jnp.ones(1).dtype == jnp.float32  # float64 is put back
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "algorithm=meta_sgd",
+        "model=mlp_quantized quantization.scale=learned quantization.bits=2 quantization.activations=8",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in (
+                "algorithm=maml_pp model=mlp_batch_norm optimizer=adam_cosine algorithm.steps=2 algorithm.initial_step_size=0.01",
+                "algorithm=lora model=mlp_quantized quantization.bits=4 algorithm.steps=2 algorithm.step_size=0.01",
+                "algorithm=maml_on_grid quantization.bits=3 algorithm.steps=2",
+            )
+        ),
+    ],
+    ids=lambda overrides: overrides.split()[0],
+)
+def test_the_program_passes_inner_loops_with_parameters_of_their_own_and_quantized_models(tmp_path, overrides):
+    ended = main(*SMALL, *overrides.split(), "gradcheck.directions=2", f"hydra.run.dir={tmp_path}", program=program)
+    assert ended.code == 0, ended.out + ended.err
+    assert "asymmetry of the inner field" in ended.out
+
+
 def test_the_program_fails_first_order(tmp_path):
     ended = main(*SMALL, "algorithm=fomaml", f"hydra.run.dir={tmp_path}", "gradcheck.directions=1", program=program)
     assert ended.code == program.DISAGREES == 1
@@ -287,6 +309,9 @@ def test_the_program_fails_first_order(tmp_path):
 
 
 def test_the_program_refuses_what_it_cannot_tell(tmp_path):
+    reptile = main(*SMALL, "algorithm=reptile_sgd", "optimizer=reptile", f"hydra.run.dir={tmp_path}", program=program)
+    assert reptile.code == 2
+    assert "algorithm reptile_sgd: parameter_distance defines an update" in reptile.err
     for override, words in (("algorithm.precision=bfloat16", "precision=float32"), ("gradcheck.epsilon=0", "positive")):
         ended = main(*SMALL, override, f"hydra.run.dir={tmp_path}", program=program)
         assert ended.code == 2

@@ -152,3 +152,14 @@ def test_a_semi_gradient_has_no_optimum():
     loss = semi_gradient(lambda p, t, b, k: (jnp.sum((p - t + b) ** 2), {}))  # noqa: ARG005
     with pytest.raises(ValueError, match="semi-gradient"):
         implicit(unroll(optax.sgd(0.1), 1))(loss, jnp.ones(2), jnp.ones(2), KEY)
+
+
+def test_a_second_derivative_is_refused():
+    tasks, theta = quadratics(seed=3), jnp.arange(4.0)
+    objective = query_loss(quadratic_loss, implicit(unroll(optax.sgd(0.3), 20), 0.5))
+    task = jax.tree.map(lambda x: x[0], tasks)
+    gradient = jax.grad(lambda p: objective(p, task, KEY, 0)[0])
+    assert np.isfinite(gradient(theta)).all()
+    for second in (jax.jacfwd(gradient), jax.jacrev(gradient), jax.jit(jax.jacfwd(gradient))):
+        with pytest.raises(ValueError, match="has no derivative of its own"):
+            second(theta)

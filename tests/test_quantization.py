@@ -1,5 +1,6 @@
 """Quantizers: values, derivatives of every order against the frozen-residual program, what they did, integers."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from maml.derivatives import first_order, mixed, reverse
 from maml.inner_loop import only, unroll
 from maml.objectives import query_loss
 from maml.types import Task
-from tests.helpers import central_difference, random_like
+from tests.helpers import central_difference, random_like, twins
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -295,6 +296,54 @@ def valley(s, batch, key):
     del batch, key
     value = (s**2 - 3) ** 2 / 2
     return value, {"loss": value}
+
+
+@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.parametrize(
+    ("signed", "parametrization"),
+    twins([(True, "softplus"), (False, "log")], itertools.product((True, False), ("softplus", "log"))),
+)
+def test_second_derivatives_of_a_learned_step_by_hand(signed, parametrization):
+    """Inside of the range y = x + s(p) c for the residual c in steps, outside y = s(p) · end: then L of y by the chain rule."""
+    quantizer, x, w = q.learned(3, signed, parametrization), normal(21, 12), normal(22, 12)
+    p, x = quantizer.init(x) + 0.1, x.at[:2].set([9.0, -9.0])
+
+    def loss(z):
+        y = quantizer(z[:12], z[12])
+        return jnp.sum(w * y) ** 3 / 6 + jnp.sum(y**4) / 24
+
+    z = jnp.append(x, p)
+    found = jax.jit(lambda z: (jax.grad(loss)(z), jax.jacfwd(jax.grad(loss))(z), jax.jacrev(jax.grad(loss))(z)))(z)
+    x, w, p, s = (np.asarray(a) for a in (x, w, p, quantizer.scale(p)))
+    sigma = 1 / (1 + np.exp(-p))
+    first, second = (sigma, sigma * (1 - sigma)) if parametrization == "softplus" else (s, s)
+    low, high = q.lsq_range(3, signed)
+    inside = (x / s > low) & (x / s < high)
+    assert 0 < inside.sum() < 12
+    c = np.where(inside, np.round(x / s) - x / s, np.where(x > 0, high, low))
+    y = np.where(inside, x, 0) + s * c
+    slope = (w @ y) ** 2 / 2 * w + y**3 / 6
+    bend = (w @ y) * np.outer(w, w) + np.diag(y**2 / 2)
+    jacobian = np.column_stack([np.diag(inside.astype(float)), c * first])
+    hessian = jacobian.T @ bend @ jacobian
+    hessian[12, 12] += slope @ c * second
+    np.testing.assert_allclose(found[0], jacobian.T @ slope, atol=1e-8)
+    for each in found[1:]:
+        np.testing.assert_allclose(each, hessian, atol=1e-8)
+
+
+@pytest.mark.usefixtures("x64", "quick")
+def test_second_derivatives_of_stochastic_rounding_are_those_at_what_was_drawn():
+    quantizer, x, w, key = q.uniform(4, scale=0.25, stochastic=True), normal(23, 12), normal(24, 12), jax.random.key(3)
+
+    def loss(x):
+        y = quantizer(x, key)
+        return jnp.sum(w * y) ** 3 / 6 + jnp.sum(y**4) / 24
+
+    dense = jax.jit(jax.jacfwd(jax.grad(loss)))(x)
+    y, w = np.asarray(quantizer(x, key)), np.asarray(w)
+    assert np.any(y != np.asarray(q.uniform(4, scale=0.25)(x)))  # other points than rounding to nearest
+    np.testing.assert_allclose(dense, (w @ y) * np.outer(w, w) + np.diag(y**2 / 2), atol=1e-8)
 
 
 @pytest.mark.usefixtures("x64", "quick")

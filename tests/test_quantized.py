@@ -16,9 +16,10 @@ from maml.inner_loop import only, unroll
 from maml.losses import mse
 from maml.models import MLP, Conv4, functional, quantize, quantized
 from maml.objectives import query_loss
-from maml.types import Task
+from maml.random import keys_for
+from maml.types import Task, leaf_name
 from tests.helpers import central_difference, dot
-from tests.programs import SMALL, config, main, summary
+from tests.programs import SMALL, config, main, restored, rows, summary
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
 
@@ -68,6 +69,37 @@ def test_an_adapted_model_leaves_as_integers_that_predict_the_same():
         x = x if name == "head" else jax.nn.relu(x)
     np.testing.assert_allclose(x, apply(adapted, inputs(5, 3)), atol=1e-5)
     assert np.abs(x - apply(params, inputs(5, 3))).max() > 0.01
+
+
+def test_learned_steps_leave_as_integers_that_predict_the_same():
+    apply, params = functional(quantize(mlp(), learned := q.learned(4), INPUT))
+    x, support = inputs(5, 3), (inputs(6, 3), jnp.ones((6, 2)))
+    adapted = jax.jit(lambda p: unroll(optax.sgd(0.1), 3)(mse(apply), p, support, KEY).params)(params)
+    assert adapted["head"]["dot_general"]["scale"][...] != params["head"]["dot_general"]["scale"][...]
+    left = q.export(adapted, learned)
+    for name in ("layers/0", "head"):
+        assert np.unique(left[f"{name}/kernel"].codes).size > 2
+        x = q.integer_matmul(INPUT.encode(x), left[f"{name}/kernel"]) + left[f"{name}/bias"][None]
+        x = x if name == "head" else jax.nn.relu(x)
+    np.testing.assert_allclose(x, apply(adapted, inputs(5, 3)), atol=1e-5)
+    assert 0 <= q.clipped_fraction(adapted, learned, "kernel") < 0.5
+    plain = functional(mlp())[1]
+    with pytest.raises(ValueError, match=r"head/kernel: 0 parameters head/.../scale"):
+        q.export(plain, learned)
+
+
+@pytest.mark.parametrize("scale", ["channel", "learned"])
+def test_a_convolution_of_integers_is_that_of_the_quantized_layer(scale):
+    kernels = q.kernel_quantizer(5, scale)
+    layer = nnx.Conv(3, 4, (3, 3), strides=2, padding="SAME", rngs=nnx.Rngs(0))
+    apply, params = functional(quantize(layer, kernels, INPUT))
+    x = inputs(2, 7, 6, 3) - 0.5  # zero points that are not zero, which padding must not take for numbers
+    left = q.export(params, kernels)
+    found = np.asarray(q.integer_conv(INPUT.encode(x), left["kernel"], (2, 2), "SAME")) + np.asarray(left["bias"])
+    np.testing.assert_allclose(found, apply(params, x), atol=1e-5)
+    rows = q.uniform(4, axis=0).encode(left["kernel"].codes.astype(jnp.float32))
+    with pytest.raises(ValueError, match="kernel: codes .*one scale for all that is summed"):
+        q.integer_conv(INPUT.encode(x), rows)
 
 
 def test_a_conv4_convolves_with_quantized_kernels():
@@ -208,3 +240,46 @@ def test_programs_with_quantized_models(tmp_path, monkeypatch, algorithm, other)
     metrics = summary(tmp_path)["metrics"]
     assert set(metrics) == {f"meta_test/step_{k}/loss" for k in range(2)}
     assert all(np.isfinite(value["mean"]) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bits"),
+    [
+        (("model=mlp_quantized", "quantization.bits=6", "quantization.layers='^head'"), 6),
+        pytest.param(("algorithm=maml_on_grid", "quantization.bits=3"), 3, marks=pytest.mark.slow),
+    ],
+)
+def test_flips_of_codes_are_logged_for_every_inner_step(tmp_path, monkeypatch, overrides, bits):
+    """Against codes that are counted here, by numpy, along the path of the inner loop."""
+    monkeypatch.setattr(pictures, "draw", lambda *_: {})
+    monkeypatch.setattr(pictures, "training_curves", lambda *_: {})
+    settings = (
+        *("algorithm.steps=3", "algorithm.step_size=0.1", "model.kernel_init.stddev=0.5", "evaluation.steps=1"),
+        *("diagnostics.curvature.every=4", "diagnostics.curvature.tasks=2", "diagnostics.curvature.lanczos=2"),
+    )
+    ended = main(*SMALL, *overrides, *settings, f"hydra.run.dir={tmp_path}")
+    assert ended.code == 0, ended.err
+    row = next(row for row in rows(tmp_path) if "diagnostics/curvature/step_1/code_flips" in row)
+    cfg = config(*SMALL, *overrides, *settings)
+    learner, state = build.learner(cfg), restored(cfg, tmp_path).state
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", 4, 2))
+    adapt, shares = build.inner_loop(cfg), []
+    for i in range(2):
+        path = adapt(learner.loss, state.params, jax.tree.map(lambda x, i=i: x[i], tasks.support), KEY).trace.params
+        where = "head/kernel" if "quantization.layers='^head'" in overrides else "kernel"
+        kernels = {name: x for name, x in _by_path(path).items() if name.endswith(where)}
+
+        def codes(x):
+            step = np.abs(x).max(0, keepdims=True) / (2 ** (bits - 1) - 1)
+            return np.round(x / step)
+
+        each = [[codes(x[k]) != codes(x[k + 1]) for x in kernels.values()] for k in range(3)]
+        shares.append([sum(x.sum() for x in step) / sum(x.size for x in step) for step in each])
+    expected = np.mean(shares, 0)
+    assert expected.max() > 0
+    logged = [row[f"diagnostics/curvature/step_{k}/code_flips"] for k in (1, 2, 3)]
+    np.testing.assert_allclose(logged, expected, atol=0.02)
+
+
+def _by_path(params) -> dict[str, np.ndarray]:
+    return {leaf_name(path): np.asarray(x) for path, x in jax.tree.flatten_with_path(params)[0]}

@@ -18,12 +18,12 @@ from maml.curvature.adaptation import (
 )
 from maml.curvature.landscape import Sharpness, filter_normalised, sharpness, slice_1d, slice_2d
 from maml.curvature.matrices import LabelledMatrix, hessian, paths, restricted
-from maml.curvature.products import efvp, ggnvp, hvp, of_loss, over_batches
+from maml.curvature.products import efvp, ggnvp, hvp, matvec_over_batches, of_loss, over_batches
 from maml.curvature.spectra import Density, Estimate, Spectrum, diagonal, lanczos, spectral_density, trace
 
 __all__ = [
     "Comparison", "Density", "Estimate", "LabelledMatrix", "Path", "Sharpness", "Spectrum", "StableStep", "adaptation_path",
     "diagonal", "efvp", "filter_normalised", "first_order_comparison", "ggnvp", "hessian", "hvp", "lanczos",
-    "largest_update_singular_values", "of_loss", "over_batches", "paths", "restricted", "sharpness", "slice_1d", "slice_2d",
-    "spectra", "spectral_density", "stable_step_size", "trace", "update_singular_values",
+    "largest_update_singular_values", "matvec_over_batches", "of_loss", "over_batches", "paths", "restricted", "sharpness",
+    "slice_1d", "slice_2d", "spectra", "spectral_density", "stable_step_size", "trace", "update_singular_values",
 ]  # fmt: skip

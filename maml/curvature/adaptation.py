@@ -132,7 +132,9 @@ def largest_update_singular_values(
 ) -> Float[Array, " k"]:
     """The same from k Lanczos steps on JᵀJ, in descending order: the first are those of J."""
     at, pull = jax.vjp(lambda p: adapt(loss, p, support, key).params, params)
-    push = jax.linear_transpose(lambda u: pull(u)[0], at)  # J v without forward mode, which `derivatives.mixed` has not
+    push = jax.vjp(lambda u: pull(u)[0], at)[
+        1
+    ]  # J v without forward mode, which `derivatives.mixed` and iMAML have not
     spectrum = lanczos(lambda v: pull(push(v)[0])[0], params, k, key_start)
     return jnp.sqrt(jnp.maximum(spectrum.values[::-1], 0))
 

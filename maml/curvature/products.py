@@ -33,8 +33,7 @@ def over_batches(loss: Loss, batches: Batch, key: Key, weights: Float[Array, " b
 
     weights: the examples in each batch where they differ; the mean is over examples then, and not over batches.
     """
-    count = len(jax.tree.leaves(batches)[0])
-    shares = jnp.full(count, 1 / count) if weights is None else weights / jnp.sum(weights)
+    shares = _shares(batches, weights)
 
     def mean(params):
         @jax.checkpoint
@@ -47,6 +46,31 @@ def over_batches(loss: Loss, batches: Batch, key: Key, weights: Float[Array, " b
 
     of_loss(loss, batches, key)
     return mean
+
+
+def matvec_over_batches(
+    product: Callable[[Batch], Matvec], batches: Batch, weights: Float[Array, " batches"] | None = None
+) -> Matvec:
+    """v -> the mean over batches [batches, ...] of their products with v, one batch at a time: of GGN and Fisher matrices too.
+
+    `product(batch)` is the product of one batch, such as `ggnvp(lambda p: apply(p, batch[0]), ..., params)`; weights as in
+    `over_batches`.
+    """
+    shares = _shares(batches, weights)
+
+    def mean(v):
+        def add(total, one):
+            batch, share = one
+            return jax.tree.map(lambda t, x: t + share.astype(x.dtype) * x, total, product(batch)(v)), None
+
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, v), (batches, shares))[0]
+
+    return mean
+
+
+def _shares(batches: Batch, weights: Array | None) -> Array:
+    count = len(jax.tree.leaves(batches)[0])
+    return jnp.full(count, 1 / count) if weights is None else weights / jnp.sum(weights)
 
 
 def hvp(f: Function, params: Params, mode: str = "fwd_over_rev") -> Matvec:

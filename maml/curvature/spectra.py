@@ -62,7 +62,7 @@ def lanczos(matvec: Matvec, like: Params, k: int, key: Key, start: Params | None
     values, mix = jnp.linalg.eigh(jnp.diag(alphas) + jnp.diag(inner, 1) + jnp.diag(inner, -1))
     vectors = jax.vmap(_unit)(mix.T @ basis)
     residuals = lax.map(lambda pair: jnp.linalg.norm(product(pair[1]) - pair[0] * pair[1]), (values, vectors))
-    broken = inner == 0
+    broken = jnp.append(inner == 0, False)  # of one step there is nothing to break
     breakdown = jnp.where(broken.any(), jnp.argmax(broken) + 1, k)
     return Spectrum(values, jax.vmap(unravel)(vectors), residuals, mix[0] ** 2, breakdown)
 

@@ -5,12 +5,15 @@ A quantizer is a function of an array: its value is on the grid exactly, its der
 
 from maml.quantization.diagnostics import clipped_fraction as clipped_fraction
 from maml.quantization.diagnostics import code_flips as code_flips
+from maml.quantization.diagnostics import code_metrics as code_metrics
+from maml.quantization.diagnostics import encoded as encoded
 from maml.quantization.diagnostics import sqnr as sqnr
 from maml.quantization.diagnostics import with_code_metrics as with_code_metrics
 from maml.quantization.grids import binary as binary
 from maml.quantization.grids import ternary as ternary
 from maml.quantization.grids import uniform as uniform
 from maml.quantization.integers import export as export
+from maml.quantization.integers import integer_conv as integer_conv
 from maml.quantization.integers import integer_matmul as integer_matmul
 from maml.quantization.learned import learned as learned
 from maml.quantization.learned import lsq as lsq

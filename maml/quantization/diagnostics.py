@@ -8,11 +8,36 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from maml.quantization.grids import wide
-from maml.quantization.quantizer import Quantizer, decode
+from maml.quantization.learned import Learned
+from maml.quantization.quantizer import Codes, Quantizer, decode
 from maml.types import Adapt, Adapted, Params, Trace, initial, leaf_name
 
 
-def code_flips(before: Params, after: Params, quantizer: Quantizer, where: str = "") -> Float[Array, ""]:
+def encoded(params: Params, quantizer: Quantizer | Learned, where: str = "") -> dict[str, Codes]:
+    """The codes by path (`layers/0/kernel`), of the parameters whose path the pattern `where` finds.
+
+    The step of a `learned` quantizer is the parameter beside it, as `models.quantize` makes it: `layers/0/dot_general/scale`.
+
+    Raises:
+      ValueError: for a pattern that finds nothing, with the paths, and for a learned quantizer where there is no step.
+    """
+    found = selected(params, where)
+    if isinstance(quantizer, Learned):
+        return {name: quantizer.encode(x, _step_of(name, params)) for name, x in found.items()}
+    return {name: quantizer.encode(x) for name, x in found.items()}
+
+
+def _step_of(name: str, params: Params) -> Array:
+    layer = name.removesuffix(name.rpartition("/")[2])
+    steps = [x for other, x in selected(params, "").items() if re.fullmatch(rf"{re.escape(layer)}\w+/scale", other)]
+    if len(steps) != 1:
+        raise ValueError(
+            f"{name}: {len(steps)} parameters {layer}.../scale; a learned quantizer has one, made by quantize"
+        )
+    return steps[0]
+
+
+def code_flips(before: Params, after: Params, quantizer: Quantizer | Learned, where: str = "") -> Float[Array, ""]:
     """The share of integer codes that differ, over the parameters whose path (`layers/0/kernel`) the pattern `where` finds.
 
     A quantized inner loop whose steps flip no code predicts what it predicted before, whatever its parameters did.
@@ -20,47 +45,55 @@ def code_flips(before: Params, after: Params, quantizer: Quantizer, where: str =
     Raises:
       ValueError: for a pattern that finds nothing, with the paths.
     """
-    pairs = zip(selected(before, where).values(), selected(after, where).values(), strict=True)
-    flips = [quantizer.encode(a).codes != quantizer.encode(b).codes for a, b in pairs]
-    return _share(flips)
+    pairs = zip(*(encoded(params, quantizer, where).values() for params in (before, after)), strict=True)
+    return _share([a.codes != b.codes for a, b in pairs])
 
 
-def clipped_fraction(params: Params, quantizer: Quantizer, where: str = "") -> Float[Array, ""]:
+def clipped_fraction(params: Params, quantizer: Quantizer | Learned, where: str = "") -> Float[Array, ""]:
     """The share of values that lie outside of the grid: further than half a step from their point."""
 
-    def outside(x):
-        encoded = quantizer.encode(x)
-        return jnp.abs(x - decode(encoded)) > 0.5001 * encoded.scale  # 1e-4 of a step for roundings
+    def outside(x, codes):
+        return jnp.abs(x - decode(codes)) > 0.5001 * codes.scale  # 1e-4 of a step for roundings
 
-    return _share([outside(x) for x in selected(params, where).values()])
+    return _share(list(map(outside, selected(params, where).values(), encoded(params, quantizer, where).values())))
 
 
-def sqnr(params: Params, quantizer: Quantizer, where: str = "") -> Float[Array, ""]:
+def sqnr(params: Params, quantizer: Quantizer | Learned, where: str = "") -> Float[Array, ""]:
     """Signal to quantization noise in dB: 10 log₁₀ Σx² / Σ(x - Q(x))²; finite also without noise or signal."""
     found = [wide(x) for x in selected(params, where).values()]
-    noise = [x - decode(quantizer.encode(x)) for x in found]
+    noise = [x - decode(codes) for x, codes in zip(found, encoded(params, quantizer, where).values(), strict=True)]
     signal, noise = (sum(jnp.sum(jnp.square(x)) for x in xs) for xs in (found, noise))
     return 10 * (_log10(signal) - _log10(noise))
 
 
-def with_code_metrics(adapt: Adapt, quantizer: Quantizer, where: str = "kernel") -> Adapt:
-    """The same inner loop, whose trace has metrics of the codes too: objectives report those of the first step as `support/...`.
+def code_metrics(
+    path: Params, quantizer: Quantizer | Learned, where: str = "kernel"
+) -> dict[str, Float[Array, " steps"]]:
+    """What the codes do along an inner loop, of the parameters before and after its steps (`trace.params`, [steps + 1, ...]).
 
     `code_flips`: share of codes that each step changes; `clipped` and `sqnr` (dB): of the parameters before each step. The
     quantizer is only for looking, and rounds to nearest.
     """
+    before, after = jax.tree.map(lambda x: x[:-1], path), jax.tree.map(lambda x: x[1:], path)
+
+    def of_step(before, after):
+        flips = code_flips(before, after, quantizer, where)
+        return {
+            "code_flips": flips,
+            "clipped": clipped_fraction(before, quantizer, where),
+            "sqnr": sqnr(before, quantizer, where),
+        }
+
+    return jax.vmap(of_step)(before, after)
+
+
+def with_code_metrics(adapt: Adapt, quantizer: Quantizer | Learned, where: str = "kernel") -> Adapt:
+    """The same inner loop, whose trace has the `code_metrics` too: objectives report those of the first step as `support/...`."""
 
     def watched(loss, params, support, key) -> Adapted:
         adapted, trace = adapt(loss, params, support, key)
-        path = lax.stop_gradient(trace.params)
-        before, after = jax.tree.map(lambda x: x[:-1], path), jax.tree.map(lambda x: x[1:], path)
-
-        def metrics(before, after):
-            flips = code_flips(before, after, quantizer, where)
-            of_before = {"clipped": clipped_fraction(before, quantizer, where), "sqnr": sqnr(before, quantizer, where)}
-            return {"code_flips": flips} | of_before
-
-        return Adapted(adapted, Trace(trace.params, dict(trace.metrics) | jax.vmap(metrics)(before, after)))
+        metrics = code_metrics(lax.stop_gradient(trace.params), quantizer, where)
+        return Adapted(adapted, Trace(trace.params, dict(trace.metrics) | metrics))
 
     watched.init = lambda params, key: initial(adapt, params, key)
     return watched

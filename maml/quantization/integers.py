@@ -1,23 +1,24 @@
 """Integers to leave with, and what a machine for integers computes from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from maml.quantization.diagnostics import selected
+from maml.quantization.diagnostics import encoded, selected
+from maml.quantization.learned import Learned
 from maml.quantization.quantizer import Codes, Quantizer
 from maml.types import Params
 
 
-def export(params: Params, quantizer: Quantizer, where: str = "kernel") -> Mapping[str, Codes | Array]:
+def export(params: Params, quantizer: Quantizer | Learned, where: str = "kernel") -> Mapping[str, Codes | Array]:
     """Every parameter by its path: those that the pattern finds as `Codes` (int8, scales, zero points), the others as they are.
 
     Raises:
-      ValueError: for a pattern that finds nothing, with the paths.
+      ValueError: as `encoded`.
     """
-    found = {name: quantizer.encode(x) for name, x in selected(params, where).items()}
-    return selected(params, "") | found
+    return selected(params, "") | encoded(params, quantizer, where)
 
 
 def integer_matmul(x: Codes, kernel: Codes) -> Float[Array, "examples outputs"]:
@@ -29,12 +30,35 @@ def integer_matmul(x: Codes, kernel: Codes) -> Float[Array, "examples outputs"]:
     Raises:
       ValueError: for scales that differ along the features: they cannot stand before the sum.
     """
-    for name, encoded, axis in (("x", x, 1), ("kernel", kernel, 0)):
-        if encoded.codes.ndim != 2 or (encoded.scale.ndim and encoded.scale.shape[axis] != 1):
-            shapes = f"{name}: codes {encoded.codes.shape}, scale {encoded.scale.shape}"
+    for name, operand, axis in (("x", x, 1), ("kernel", kernel, 0)):
+        if operand.codes.ndim != 2 or (operand.scale.ndim and operand.scale.shape[axis] != 1):
+            shapes = f"{name}: codes {operand.codes.shape}, scale {operand.scale.shape}"
             raise ValueError(f"{shapes}; give matrices with one scale for all features")
     product = jnp.matmul(x.codes, kernel.codes, preferred_element_type=jnp.int32)
     of_x, of_kernel = (a.codes.astype(jnp.int32).sum(i, keepdims=True) for a, i in ((x, 1), (kernel, 0)))
     n = x.codes.shape[1]
     total = product - x.zero_point * of_kernel - kernel.zero_point * of_x + n * x.zero_point * kernel.zero_point
+    return total.astype(x.scale.dtype) * (x.scale * kernel.scale)
+
+
+def integer_conv(
+    x: Codes, kernel: Codes, strides: Sequence[int] = (1, 1), padding: str | Sequence[tuple[int, int]] = "SAME"
+) -> Float[Array, "examples height width outputs"]:
+    """The convolution of decode(x) and decode(kernel), NHWC and HWIO as in `nnx.Conv`, of integers that are summed in int32.
+
+    Scales and zero points are one for all, or those of x per example and those of the kernel per output.
+
+    Raises:
+      ValueError: for scales that differ along what is summed: they cannot stand before the sum.
+    """
+    for name, operand, axes in (("x", x, (1, 2, 3)), ("kernel", kernel, (0, 1, 2))):
+        shape = operand.scale.shape
+        if operand.codes.ndim != 4 or (shape and any(shape[i] != 1 for i in axes)):
+            raise ValueError(
+                f"{name}: codes {operand.codes.shape}, scale {shape}; give four axes with one scale for all that is summed"
+            )
+    of_x, of_kernel = (
+        a.codes.astype(jnp.int32) - a.zero_point for a in (x, kernel)
+    )  # so that padding is 0, and not a code
+    total = lax.conv_general_dilated(of_x, of_kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return total.astype(x.scale.dtype) * (x.scale * kernel.scale)

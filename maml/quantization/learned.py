@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from maml.quantization.grids import check_bits, check_scale, codes_range, divisible
-from maml.quantization.quantizer import straight_through
+from maml.quantization.quantizer import Codes, straight_through
 
 
 def lsq(x: Array, scale: Array | float, bits: int, signed: bool = True) -> Array:
@@ -69,6 +69,14 @@ class Learned:
     def scale(self, parameter: Array) -> Array:
         """The step."""
         return self.positive[0](parameter)
+
+    def encode(self, x: Array, parameter: Array) -> Codes:
+        """The integers, of which those that are unsigned are kept in int8 with the zero point -2ᵇ⁻¹."""
+        low, high = lsq_range(self.bits, self.signed)
+        zero = 0 if self.signed else -(2 ** (self.bits - 1))
+        step = self.scale(parameter)
+        codes = jnp.clip(jnp.round(x / step), low, high) + zero
+        return Codes(codes.astype(jnp.int8), step, jnp.int32(zero))
 
     def __call__(self, x: Array, parameter: Array) -> Array:
         return lsq(x, self.scale(parameter), self.bits, self.signed)
