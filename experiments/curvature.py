@@ -75,8 +75,13 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
     adapt, settings = inner_loop(cfg), cfg.diagnostics.curvature
     of_loss(learner.loss, (), jax.random.key(0))
     quantized = build.kernel_codes(cfg)
-    samples = learner.sampler(keys_for(learner.state.key, "diagnostics/curvature", 0, settings.tasks))
-    moved = moved_names(adapt, learner.loss, learner.state.params, samples, learner.state.key)
+
+    @jax.jit
+    def sampled(sampler, params, root):  # one program: operations on their own would each be compiled
+        samples = sampler(keys_for(root, "diagnostics/curvature", 0, settings.tasks))
+        return _moved(adapt, learner.loss, params, samples, root)
+
+    moved = _names(sampled(as_argument(learner.sampler), learner.state.params, learner.state.key))
     full, cut = (
         build.build_objective(build.with_derivative(cfg, name), learner.loss) for name in ("reverse", "first_order")
     )
@@ -122,6 +127,10 @@ def moved_names(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any
     Raises:
       ValueError: where none moves.
     """
+    return _names(jax.jit(lambda: _moved(adapt, loss, params, tasks, root))())
+
+
+def _moved(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any) -> Params:
     keys = keys_for(root, "diagnose/moved", 0, len(jax.tree.leaves(tasks)[0]))
     leaves, structure = jax.tree.flatten(params)
     noise = jax.random.split(key_for(root, "diagnose/noise"), len(leaves))
@@ -135,8 +144,11 @@ def moved_names(adapt: Adapt, loss: Loss, params: Params, tasks: Task, root: Any
         adapted, (path, _) = adapt(loss, near, task.support, key)
         return jax.tree.map(lambda x, y: jnp.any(x[0] != y), path, adapted)
 
-    found = jax.jit(lambda: jax.lax.map(moved, (tasks, keys)))()
-    names = tuple(name for name, x in paths(found).items() if x.any())
+    return jax.lax.map(moved, (tasks, keys))
+
+
+def _names(moved: Params) -> tuple[str, ...]:
+    names = tuple(name for name, x in paths(moved).items() if x.any())
     if not names:
         raise ValueError("curvature: the inner loop moves no parameter on these tasks: is its step size 0?")
     return names

@@ -42,6 +42,10 @@ def keep_compiled() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         folder = cache_folder(None) / "xla" / digest(platform.machine(), _processor(), jax.__version__)
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        if (
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ
+        ):  # a start has hundreds of programs below JAX's 1 s
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _processor() -> str:

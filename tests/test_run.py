@@ -373,17 +373,16 @@ def test_a_second_start_compiles_nothing(tmp_path):
     """Programs are kept on disk; a second process reads them, and writes none."""
 
     def run_once(name: str) -> set[Path]:
-        environment = {"MAML_CACHE": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with pytest.MonkeyPatch.context() as patch:
-            for key, value in environment.items():
-                patch.setenv(key, value)
-            patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+            patch.setenv("MAML_CACHE", str(tmp_path / "cache"))
+            for variable in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+                patch.delenv(variable, raising=False)
             ended = finish(start(*SMALL, "logger=quiet", f"hydra.run.dir={tmp_path / name}"))
         assert ended.code == 0, ended.err
         return {path for path in (tmp_path / "cache" / "xla").rglob("*") if path.name.endswith("-cache")}
 
     first = run_once("first")
-    assert first
+    assert len(first) > 10  # small ones too: JAX keeps by itself what took it a second
     assert run_once("second") == first
     texts = [
         json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"] for name in ("first", "second")
