@@ -1,6 +1,6 @@
 # CPU:   docker build -t maml .
 # CUDA:  docker build -t maml --build-arg DEVICE=cuda .          (run it with --gpus all)
-# Run:   docker run --rm -v "$PWD/outputs:/maml/outputs" -v "$PWD/data:/data" maml experiment=omniglot_5way_1shot_mlp
+# Run:   docker run --rm -v "$PWD/outputs:/maml/outputs" -v "$PWD/data:/data" maml experiment=finn2017/omniglot_5way_1shot_mlp
 FROM python:3.12-slim
 
 # The pinned stack first: a change of the code does not install it again.

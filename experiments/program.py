@@ -1,8 +1,10 @@
 """What every program does around its work: one clear line for bad input, and a stop that loses nothing."""
 
+import fnmatch
 import functools
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +27,8 @@ INTERRUPTED = 75
 """Exit codes: 2, the input was refused; 75 (EX_TEMPFAIL), stopped by a signal after saving: the same command continues."""
 
 REFUSALS = (ValueError, OSError, NonFinite, HydraException, OmegaConfBaseException)
+
+CONF = Path(__file__).parents[1] / "conf"
 
 Job = Callable[[DictConfig], Any]
 
@@ -59,6 +63,10 @@ def _processor() -> str:
 def run_program(job: Job) -> None:
     """Run a job as Hydra's program; a refusal is one line on stderr. HYDRA_FULL_ERROR=1 shows the traceback instead."""
     keep_compiled()
+    try:
+        sys.argv[1:] = map(expanded, sys.argv[1:])
+    except ValueError as error:
+        refuse(error)
     main = hydra.main(version_base="1.3", config_path="../conf", config_name="config")
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return main(job)()
@@ -76,6 +84,26 @@ def run_program(job: Job) -> None:
         refuse(OSError(f"hydra.run.dir (with -m hydra.sweep.dir): {cause}; give a directory that can be written"))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def expanded(argument: str) -> str:
+    """`experiment=glob(finn2017/omniglot*)` as the comma list that it stands for: Hydra's own glob lists one folder alone.
+
+    Raises:
+      ValueError: for a pattern that finds nothing.
+    """
+    if not (found := re.fullmatch(r"(\w+)=glob\(([^][(),]*/[^][(),]*)\)", argument)):
+        return argument
+    group, pattern = found.groups()
+    names = [name for name in _names(group) if fnmatch.fnmatch(name, pattern)]
+    if not names:
+        raise ValueError(f"{argument}: finds no file of conf/{group}; there are {', '.join(_names(group))}")
+    return f"{group}={','.join(names)}"
+
+
+def _names(group: str) -> list[str]:
+    """All files of a group, those in its folders too."""
+    return sorted(path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*.yaml"))
 
 
 def on_run(usage: str | None, act: Callable[[Path, Sequence[str]], str]) -> None:
@@ -119,6 +147,10 @@ def complain(error: BaseException) -> None:
     text = str(error)
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {str(error.__cause__).splitlines()[0]}"
+    if options := re.search(
+        r"Available options in '(\w+)':\s[^:]*?(?=\s*Config search path|$)", text
+    ):  # Hydra lists one folder
+        text = text.replace(options[0], f"Available options in '{options[1]}': {' '.join(_names(options[1]))} ")
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
 
 

@@ -83,7 +83,14 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         ("taks=sinusoid", ["taks"]),
         ("task.shotz=5", ["task.shotz"]),
         ("model=nothing", ["model/nothing", "Available options", "conv4_max_pool", "mlp mlp_batch_norm"]),
-        ("experiment=nothing", ["experiment/nothing", "sinusoid_oracle"]),
+        (
+            "experiment=nothing",
+            ["experiment/nothing", "finn2017/sinusoid_oracle", "td0_value_prediction zintgraf2019/sinusoid Config"],
+        ),
+        (
+            "experiment=glob(finn2018/*)",
+            ["glob(finn2018/*): finds no file of conf/experiment", "finn2017/sinusoid_oracle"],
+        ),
         ("trainer.steps=five", ["trainer.steps=five", "'five' of type 'str' could not be converted to Integer"]),
         ("seed=none", ["seed=none", "could not be converted to Integer"]),
         ("debug_nans=perhaps", ["debug_nans=perhaps", "not a valid bool"]),

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from experiments import build
+from experiments.program import expanded
 from maml import train
 from maml.tasks import images
 from maml.tasks.episodes import ClassImages
@@ -21,8 +22,8 @@ from tests.helpers import twins
 from tests.programs import ROOT, config
 
 CONF = ROOT / "conf"
-FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
-NAMES = {group: [f.name for f in FILES if f.parent.name == group] for group in {f.parent.name for f in FILES}}
+FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/**/*.yaml"))
+NAMES = {group: ["/".join(f.parts[1:]) for f in FILES if f.parts[0] == group] for group in {f.parts[0] for f in FILES}}
 EXPERIMENTS = NAMES["experiment"]
 TINY = ("trainer.steps=2", "trainer.meta_batch=2", "trainer.log_every=1", "evaluation.tasks=2")
 
@@ -36,25 +37,25 @@ RELIABLE = [
 # experiment: (ways, shots, inner steps in training, inner steps at test, step size for a sum over classes, tasks per
 # meta-step): Finn et al. 2017, section 5.2 and appendix A.1.
 SETTINGS = {
-    "omniglot_5way_1shot_mlp": (5, 1, 1, 3, 0.4, 32),
-    "omniglot_5way_5shot_mlp": (5, 5, 1, 3, 0.4, 32),
-    "omniglot_5way_1shot_conv": (5, 1, 1, 3, 0.4, 32),
-    "omniglot_5way_5shot_conv": (5, 5, 1, 3, 0.4, 32),
-    "omniglot_20way_1shot_conv": (20, 1, 5, 5, 0.1, 16),
-    "omniglot_20way_5shot_conv": (20, 5, 5, 5, 0.1, 16),
+    "finn2017/omniglot_5way_1shot_mlp": (5, 1, 1, 3, 0.4, 32),
+    "finn2017/omniglot_5way_5shot_mlp": (5, 5, 1, 3, 0.4, 32),
+    "finn2017/omniglot_5way_1shot_conv": (5, 1, 1, 3, 0.4, 32),
+    "finn2017/omniglot_5way_5shot_conv": (5, 5, 1, 3, 0.4, 32),
+    "finn2017/omniglot_20way_1shot_conv": (20, 1, 5, 5, 0.1, 16),
+    "finn2017/omniglot_20way_5shot_conv": (20, 5, 5, 5, 0.1, 16),
 }
 
 # Finn et al. 2017, Table 1: accuracy and half-width of the 95 % interval.
 TABLE_1 = {
-    "omniglot_5way_1shot_mlp": (0.897, 0.011),
-    "omniglot_5way_5shot_mlp": (0.975, 0.006),
-    "omniglot_5way_1shot_conv": (0.987, 0.004),
-    "omniglot_5way_5shot_conv": (0.999, 0.001),
-    "omniglot_20way_1shot_conv": (0.958, 0.003),
-    "omniglot_20way_5shot_conv": (0.989, 0.002),
+    "finn2017/omniglot_5way_1shot_mlp": (0.897, 0.011),
+    "finn2017/omniglot_5way_5shot_mlp": (0.975, 0.006),
+    "finn2017/omniglot_5way_1shot_conv": (0.987, 0.004),
+    "finn2017/omniglot_5way_5shot_conv": (0.999, 0.001),
+    "finn2017/omniglot_20way_1shot_conv": (0.958, 0.003),
+    "finn2017/omniglot_20way_5shot_conv": (0.989, 0.002),
 }
 
-TASKS = {"meta_sgd_sinusoid": 10000, "cavia_sinusoid": 1000}
+TASKS = {"li2017/sinusoid": 10000, "zintgraf2019/sinusoid": 1000}
 """Of the evaluation, where they are not 600."""
 
 # Finn et al. 2017, Table 2: mean squared error after 1, 5, 10 steps, 5 shots.
@@ -108,15 +109,26 @@ def narrow(cfg) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_composes_and_its_interpolations_resolve(file):
-    choice = f"{file.parent}={file.name}"
+    group, name = file.parts[0], "/".join(file.parts[1:])
+    choice = f"{group}={name}"
     cfg = config(choice, *(["task.data_dir=DIR"] if file.name == "image_folder" else []))
     text = OmegaConf.to_yaml(cfg, resolve=True)
     assert "${" not in text
     assert not OmegaConf.missing_keys(cfg)
     with (CONF / f"{file}.yaml").open() as opened:
         keys = [k for k in yaml.safe_load(opened) if k not in ("defaults", "hydra")]
-    part = cfg if file.parent.name in ("experiment", "debug") else cfg[file.parent.name]
+    part = cfg if group in ("experiment", "debug") else cfg[group]
     assert set(keys) <= set(part)
+
+
+def test_a_table_of_a_paper_is_one_glob():
+    """Hydra's own looks into one folder alone."""
+    assert expanded("experiment=glob(finn2017/omniglot*)").split("=")[1].split(",") == sorted(SETTINGS)
+    assert (
+        expanded("experiment=glob(*/sinusoid)") == "experiment=finn2017/sinusoid,li2017/sinusoid,zintgraf2019/sinusoid"
+    )
+    for other in ("algorithm=glob(*maml*)", "seed=1,2", "-m", "experiment=finn2017/sinusoid", "hydra.run.dir=a/b(c)"):
+        assert expanded(other) == other
 
 
 def test_files_lie_in_groups_that_the_defaults_name():
@@ -128,7 +140,7 @@ def test_files_lie_in_groups_that_the_defaults_name():
 
 @pytest.mark.parametrize("name", RELIABLE)
 def test_reliable_names(name):
-    for cfg in (config("experiment=omniglot_5way_1shot_mlp"), config()):
+    for cfg in (config("experiment=finn2017/omniglot_5way_1shot_mlp"), config()):
         if name not in ("task.ways", "task.data_dir") or "ways" in cfg.task:
             assert OmegaConf.select(cfg, name, default=...) is not ...
 
@@ -159,7 +171,7 @@ def test_values_reach_the_callables():
 # --- everything runs ---
 
 
-WHOLE = ("omniglot_5way_1shot_mlp", "sinusoid", "td0_value_prediction")
+WHOLE = ("finn2017/omniglot_5way_1shot_mlp", "finn2017/sinusoid", "td0_value_prediction")
 """The experiments that run by default: the others are the same programs of other sizes."""
 
 
@@ -185,7 +197,7 @@ def test_every_experiment_is_built(name):
 def test_every_experiment_runs(name, overrides):
     logged, metrics = two_steps(f"experiment={name}", *overrides)
     assert list(logged) == [1, 2]
-    assert ("step_0/accuracy" in metrics) == name.startswith("omniglot")
+    assert ("step_0/accuracy" in metrics) == ("omniglot" in name)
 
 
 def tfds_dir() -> str:
@@ -258,9 +270,9 @@ def test_head_comments_give_command_the_papers_number_and_ours(name):
     if name in TABLE_1:
         mean, ci95 = (f"{100 * x:.1f}" for x in TABLE_1[name])
         assert f"{mean} ± {ci95} %" in head
-    if name == "sinusoid_pretrained":
+    if name == "finn2017/sinusoid_pretrained":
         assert " / ".join(f"{x:.2f}" for x in TABLE_2["joint"]) in head
-    if name == "sinusoid":
+    if name == "finn2017/sinusoid":
         assert " / ".join(f"{x:.2f}" for x in TABLE_2["maml"]) in head
 
 
@@ -293,7 +305,9 @@ def test_the_main_job_is_the_papers_sinusoid():
     assert cfg.model.hidden == [40, 40]
 
 
-@pytest.mark.parametrize(("overrides", "algorithm"), [((), "maml"), (("experiment=sinusoid_pretrained",), "joint")])
+@pytest.mark.parametrize(
+    ("overrides", "algorithm"), [((), "maml"), (("experiment=finn2017/sinusoid_pretrained",), "joint")]
+)
 def test_figures_of_the_sinusoids(overrides, algorithm):
     cfg = config(*overrides)
     assert cfg.algorithm.name == algorithm
@@ -304,7 +318,7 @@ def test_figures_of_the_sinusoids(overrides, algorithm):
 
 def test_the_baselines_train_without_an_inner_loop():
     for name in ("sinusoid_pretrained", "sinusoid_oracle"):
-        cfg = config(f"experiment={name}")
+        cfg = config(f"experiment=finn2017/{name}")
         assert cfg.algorithm.steps == 0
         assert cfg.task.oracle == (name == "sinusoid_oracle")
-    assert config("experiment=sinusoid_oracle").paper is None  # plotted only
+    assert config("experiment=finn2017/sinusoid_oracle").paper is None  # plotted only

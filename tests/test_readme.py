@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import experiments.build  # noqa: F401  registers the schema
+from experiments.program import expanded
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -38,7 +39,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_compose(command):
-    words = [w for w in shlex.split(command)[3:] if not w.startswith("-") and w != "job"]
+    words = [expanded(w) for w in shlex.split(command)[3:] if not w.startswith("-") and w != "job"]
     overrides = [w if "," not in w else w.split(",")[0] for w in words]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert compose("config", overrides=overrides).trainer.steps > 0
