@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from maml import train
-from maml.evaluate import Evaluator, Protocol, check_sizes, evaluator
+from maml.evaluate import Evaluator, Protocol, check_sizes, ensemble_adapt, ensemble_apply, evaluator
 from maml.inner_loop import with_prototypes
 from maml.models import functional
 from maml.random import key_for
@@ -45,6 +45,8 @@ class Evaluation:
     seed: int = MISSING
     step_size: float | None = MISSING
     prototypes: str | None = None
+    rotations: str | None = None  # of the task; null: those of training
+    batch: int | None = None  # of the algorithm's minibatches; null: that of training
 
 
 @dataclass
@@ -183,8 +185,8 @@ def kernel_codes(cfg: DictConfig) -> tuple[Any, str] | None:
     return (instantiate(cfg.algorithm.grid), "kernel") if "grid" in cfg.algorithm else None
 
 
-def build_sampler(cfg: DictConfig, split: str, **sizes: int | None) -> Sampler:
-    """The sampler of a split; `sizes` (ways, shots, queries) replace those of the task where it has them."""
+def build_sampler(cfg: DictConfig, split: str, **sizes: Any) -> Sampler:
+    """The sampler of a split; `sizes` (ways, shots, queries, rotations) replace those of the task where it has them."""
     node = {k: v for k, v in cfg.task.items() if k != "loss"}
     factory = instantiate(node, _convert_="all")
     sizes = {k: v for k, v in sizes.items() if k in cfg.task}
@@ -221,7 +223,8 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
         f.name: cfg.evaluation[f.name] for f in dataclasses.fields(Protocol) if f.name in cfg.evaluation
     }
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
-    settings = [f"{k}={v}" for k, v in sorted(cfg.task.items()) if k not in own and v is not None]
+    task = {**cfg.task, **_rotations(cfg)}
+    settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
     if "initial_step_size" in cfg.algorithm:
         values["step_size"] = None  # learned: a number that an experiment has for other algorithms is not used
     values["task"] = " ".join(settings).removeprefix("_target_=")
@@ -230,7 +233,15 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
 
 def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
     sizes = {name: getattr(protocol, name) for name in ("ways", "shots", "queries")}
-    return build_sampler(cfg, protocol.split, **sizes)
+    return build_sampler(cfg, protocol.split, **sizes, **_rotations(cfg))
+
+
+def _rotations(cfg: DictConfig) -> dict[str, str]:
+    """Those of the evaluation, where it has others than the task."""
+    rotations = cfg.evaluation.get("rotations")
+    if rotations is not None and "rotations" not in cfg.task:
+        raise ValueError(f"evaluation.rotations={rotations}: this task turns no images; leave it out")
+    return {} if rotations is None else {"rotations": rotations}
 
 
 def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
@@ -241,25 +252,39 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
     cfg.algorithm.steps = protocol.steps
     if "step_size" in cfg.algorithm:
         cfg.algorithm.step_size = step_size
+    if protocol.batch is not None:
+        if "batch" not in cfg.algorithm:
+            raise ValueError(
+                f"evaluation.batch={protocol.batch}: algorithm {cfg.algorithm.name} takes the whole support set at each step; "
+                "leave it out"
+            )
+        cfg.algorithm.batch = protocol.batch
     adapt = inner_loop(cfg)
     return with_prototypes(adapt, protocol.prototypes) if protocol.prototypes else adapt
 
 
-def evaluation(cfg: DictConfig, learner: Learner, **changes: Any) -> tuple[Protocol, Evaluator]:
+def evaluation(
+    cfg: DictConfig, learner: Learner, *, ensemble: str | None = None, **changes: Any
+) -> tuple[Protocol, Evaluator]:
     """The config's protocol, with `changes` (split, tasks, ...), and what measures parameters under it.
+
+    ensemble: the name of several checkpoints; what is measured are their parameters, stacked.
 
     Built before training, so that what does not fit the data is refused before hours of it.
 
     Raises:
       ValueError: for sizes that a split has not, and for an inner loop of other steps than the protocol's.
     """
-    protocol, params = build_protocol(cfg, **changes), learner.state.params
+    protocol, params = build_protocol(cfg, **changes, ensemble=ensemble), learner.state.params
     adapt, ways = build_adapt(cfg, protocol), cfg.task.get("ways")
     if protocol.ways != ways and not getattr(adapt, "fewer_ways", False):
         raise ValueError(f"evaluation.ways={protocol.ways}: training has task.ways={ways}; make them equal")
-    parts = protocol_sampler(cfg, protocol), learner.loss, adapt, protocol
-    check_sizes(params, *parts)
-    return protocol, evaluator(*parts, train.chunk_size("auto", protocol.tasks, params))
+    sampler = protocol_sampler(cfg, protocol)
+    check_sizes(params, sampler, learner.loss, adapt, protocol)
+    chunk, loss = train.chunk_size("auto", protocol.tasks, params), learner.loss
+    if ensemble is not None:
+        adapt, loss = ensemble_adapt(adapt, loss), instantiate(cfg.task.loss)(ensemble_apply(learner.apply))
+    return protocol, evaluator(sampler, loss, adapt, protocol, chunk)
 
 
 _WHOLE = {

@@ -1,16 +1,23 @@
 """Evaluate a run again, under another protocol.
 
-    python -m experiments.evaluate RUN_DIRECTORY [evaluation=NAME] [evaluation.KEY=VALUE ...] [task.data_dir=DIR]
+    python -m experiments.evaluate RUN_DIRECTORY [evaluation=NAME] [evaluation.KEY=VALUE ...] [checkpoints=WHICH]
+                                   [task.data_dir=DIR]
 
 The newest checkpoint of the run is evaluated under the run's own config with these changes (a protocol by name leaves the run's
-steps and step size: give evaluation.steps= to change them); prints the numbers and writes
-them to RUN_DIRECTORY/evaluations/<protocol hash>.json.
+steps and step size: give evaluation.steps= to change them); prints the numbers and writes them to
+RUN_DIRECTORY/evaluations/<protocol hash>.json (of another checkpoint than the newest <protocol hash>-<meta-step>.json).
+
+checkpoints=20000 takes the one of that meta-step; checkpoints=20000,25000 (or best5: of those kept the five that were best on
+validation tasks, as MAML++ does; trainer.validate_every=trainer.checkpoint_every) the mean of their outputs, and says so in the
+protocol.
 """
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +25,7 @@ from experiments import build, results
 from experiments.program import on_run
 from maml import train
 from maml.checkpoint import Checkpoints
+from maml.loggers import read_json_lines
 from maml.types import Params
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -34,6 +42,8 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     cfg.evaluation = OmegaConf.merge(typed, cfg.evaluation)  # with the keys that an older run had not
     for override in overrides:
         key, separator, value = override.partition("=")
+        if key == "checkpoints":
+            continue
         if key == "evaluation":
             path = CONF / "evaluation" / f"{value}.yaml"
             if not path.exists():
@@ -46,45 +56,87 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             cfg.evaluation = OmegaConf.merge(typed, OmegaConf.load(path), kept)
         elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
             raise ValueError(
-                f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, or task.data_dir=DIR"
+                f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, checkpoints=STEPS, or "
+                "task.data_dir=DIR"
             )
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))
     return cfg
 
 
-def load(directory: Path, overrides: Sequence[str] = ()) -> tuple[DictConfig, build.Learner, int, Params]:
-    """Config with the overrides, learner, and the newest checkpoint of a run: its meta-step and its meta-parameters.
+def load(directory: Path, overrides: Sequence[str] = ()) -> tuple[DictConfig, build.Learner, dict[int, Params]]:
+    """Config with the overrides, learner, and the meta-parameters of the checkpoints that are asked for, by meta-step.
 
     Raises:
-      ValueError: for a directory without checkpoint or overrides that are refused.
+      ValueError: for a directory without checkpoint, checkpoints that are not there, overrides that are refused.
     """
     checkpoints = Checkpoints(directory / "checkpoints")
     cfg = changed(OmegaConf.create(dict(results.saved_config(checkpoints))), overrides)
     learner = build.learner(cfg)
-    progress = train.begin(learner.state, learner.step, learner.sampler)
-    step, progress = checkpoints.restore(progress) or (0, progress)
-    return cfg, learner, step, progress.state.params
+    template = train.begin(learner.state, learner.step, learner.sampler)
+    asked = [o.partition("=")[2] for o in overrides if o.startswith("checkpoints=")]
+    if not asked:
+        step, progress = checkpoints.restore(template) or (0, template)
+        return cfg, learner, {step: progress.state.params}
+    steps = _steps(asked[-1], directory, checkpoints)
+    kept = checkpoints.restore_all(template, steps)
+    if missing := sorted(set(steps) - set(kept)):
+        raise ValueError(f"checkpoints={asked[-1]}: {missing} cannot be read; there are {checkpoints.steps()}")
+    return cfg, learner, {step: kept[step].state.params for step in steps}
+
+
+def _steps(which: str, directory: Path, checkpoints: Checkpoints) -> list[int]:
+    """The meta-steps of `20000`, `20000,25000` or `best5`."""
+    if which.removeprefix("best").isdigit() and which.startswith("best"):
+        return _best(int(which.removeprefix("best")), directory, checkpoints)
+    if not all(part.isdigit() for part in which.split(",")):
+        raise ValueError(
+            f"checkpoints={which}: give meta-steps with commas between, or best5; there are {checkpoints.steps()}"
+        )
+    return sorted({int(part) for part in which.split(",")})
+
+
+def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
+    """Of the checkpoints that were validated those of the highest accuracy, or lowest loss, after the last inner step."""
+    path, kept = directory / "metrics.jsonl", set(checkpoints.steps())
+    rows = [row for row in (read_json_lines(path) if path.exists() else ()) if row["step"] in kept]
+    names = sorted({n for row in rows for n in row if n.startswith("meta_valid/step_")}, key=_number)
+    name = next((n for kind in ("accuracy", "loss") for n in reversed(names) if n.endswith(f"/{kind}")), "none")
+    scores = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+    if len(scores) < count or not count:
+        raise ValueError(
+            f"checkpoints=best{count}: {len(scores)} checkpoints in {directory} were kept and validated; run with "
+            "trainer.validate_every and trainer.checkpoint_every equal, and more trainer.keep_checkpoints"
+        )
+    best = sorted(scores, key=scores.__getitem__, reverse=name.endswith("accuracy"))
+    return sorted(best[:count])
+
+
+def _number(name: str) -> int:
+    return int(name.split("/")[1].removeprefix("step_"))
 
 
 def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
-    """The numbers of the newest checkpoint of a run, as in `summary.json`.
-
-    Raises:
-      ValueError: as `load`.
-    """
+    """The numbers of a checkpoint of a run, or of several together, as in `summary.json`."""
     start = time.monotonic()
-    cfg, learner, step, params = load(directory, overrides)
-    protocol, measure = build.evaluation(cfg, learner)
+    cfg, learner, found = load(directory, overrides)
+    params = next(iter(found.values()))
+    ensemble = None
+    if len(found) > 1:
+        ensemble = f"mean outputs of meta-steps {', '.join(map(str, found))}"
+        params = jax.tree.map(lambda *x: jnp.stack(x), *found.values())
+    protocol, measure = build.evaluation(cfg, learner, ensemble=ensemble)
     metrics = measure(params)
     summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
-    return summary | {"step": step}
+    return summary | {"step": max(found)}
 
 
 def written(directory: Path, overrides: Sequence[str]) -> str:
     summary = evaluate_run(directory, overrides)
     (directory / "evaluations").mkdir(exist_ok=True)
-    results.save(directory / "evaluations" / f"{summary['protocol_hash']}.json", summary)
+    newest = summary["step"] == max(Checkpoints(directory / "checkpoints").steps()) or "ensemble" in summary["protocol"]
+    name = summary["protocol_hash"] + ("" if newest else f"-{summary['step']}")
+    results.save(directory / "evaluations" / f"{name}.json", summary)
     return results.table(summary)
 
 

@@ -146,8 +146,11 @@ def freeze(stays: Callable[[str], bool], adapt: Adapt) -> Adapt:
 def reuse(
     directory: Path, tasks: int = 100, queries: int | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The numbers of the report on the newest checkpoint of a run."""
-    cfg, learner, step, params = load(directory, overrides)
+    """The numbers of the report on the newest checkpoint of a run, or on that of `checkpoints=STEP`."""
+    cfg, learner, found = load(directory, overrides)
+    if len(found) > 1:
+        raise ValueError(f"checkpoints={','.join(map(str, found))}: give one; representations are those of one network")
+    ((step, params),) = found.items()
     protocol = build.build_protocol(cfg)
     queries = queries or (15 if protocol.ways else 100)
     return {

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,15 @@ class Checkpoints:
             raise Damaged(f"no checkpoint in {self.directory} can be read: delete it to start anew")
         return None
 
-    def restore_all(self, template) -> dict[int, Any]:
-        """Every readable checkpoint, oldest first: step -> tree shaped as `template`. Damaged ones are named in a warning.
+    def restore_all(self, template, steps: Collection[int] | None = None) -> dict[int, Any]:
+        """Every readable checkpoint, or those of `steps`, oldest first: step -> tree shaped as `template`. Damaged ones are
+        named in a warning.
 
         Raises:
           OtherTree: when one has other leaves than the template; names them.
         """
-        found = {step: self._restore_if_whole(step, template) for step in self.steps()}
+        there = [step for step in self.steps() if steps is None or step in steps]
+        found = {step: self._restore_if_whole(step, template) for step in there}
         return {step: tree for step, tree in found.items() if tree is not None}
 
     def _restore_if_whole(self, step: int, template) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from maml.inner_loop import check_kind
 from maml.metrics import Interval, interval
 from maml.objectives import check_norm, with_norm
 from maml.random import keys_for
-from maml.types import Adapt, Loss, Params, Sampler, as_argument
+from maml.types import Adapt, Adapted, Apply, Conditioned, Joint, Loss, Params, Sampler, Trace, as_argument
 
 Evaluator = Callable[[Params], dict[str, Interval]]
 
@@ -37,6 +38,8 @@ class Protocol:
       step_size: of the inner steps, where it is one number.
       prototypes: "euclidean" or "cosine": the head is made from the support set first (`inner_loop.with_prototypes`): nearest
         centroids, or NIL, with 0 steps. None: it is the one that was learned.
+      batch: examples of a minibatch of the inner steps, where they are others than in training (Reptile's evaluation).
+      ensemble: the checkpoints whose outputs are averaged, where there are several.
 
     Raises:
       ValueError: for sizes that are not positive, negative steps, an unknown norm or kind of prototypes.
@@ -53,6 +56,8 @@ class Protocol:
     task: str = ""
     step_size: float | None = None
     prototypes: str | None = None
+    batch: int | None = None
+    ensemble: str | None = None
 
     def __post_init__(self):
         for name in ("tasks", "shots", "queries"):
@@ -65,8 +70,9 @@ class Protocol:
             check_kind(self.prototypes)
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written, and hashed. Without `prototypes` where there are none: hashes from before there were any hold."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "prototypes" or v is not None}
+        """What is written, and hashed. Without later fields where they say nothing: hashes from before there were any hold."""
+        later = ("prototypes", "batch", "ensemble")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in later or v is not None}
 
     @property
     def hash(self) -> str:
@@ -107,6 +113,32 @@ def evaluator(sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, ch
         return {f"step_{i}/{name}": interval(v[:, i]) for name, v in values.items() for i in steps}
 
     return measure
+
+
+def ensemble_apply(apply: Apply) -> Apply:
+    """The mean of the outputs of several models, whose parameters are stacked: [models, ...]. Of logits in classification.
+
+    MAML++ reports such a mean over its five best checkpoints (Antoniou et al. 2019, arXiv 1810.09502, in the authors' code).
+    """
+
+    def mean(params, inputs):
+        stacked = type(params)(0, None) if isinstance(params, Conditioned | Joint) else 0
+        return jax.tree.map(lambda x: x.mean(0), jax.vmap(apply, (stacked, None))(params, inputs))
+
+    mean.takes_conditioned = getattr(apply, "takes_conditioned", False)
+    return mean
+
+
+def ensemble_adapt(adapt: Adapt, loss: Loss) -> Adapt:
+    """An inner loop that adapts several models, [models, ...], each by itself under the `loss` of one."""
+
+    def each(of_all, params, support, key) -> Adapted:
+        del of_all
+        adapted, (path, metrics) = jax.vmap(lambda p: adapt(loss, p, support, key))(params)
+        first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), path)  # the steps
+        return Adapted(adapted, Trace(first, jax.tree.map(lambda x: x.mean(0), metrics)))
+
+    return each
 
 
 def check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol) -> None:

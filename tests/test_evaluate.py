@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
-from maml.evaluate import Protocol, evaluate
+from maml.evaluate import Protocol, ensemble_adapt, ensemble_apply, evaluate
 from maml.inner_loop import unroll
 from maml.losses import mse
+from maml.models import MLP, functional
 from maml.tasks import sinusoid
 from maml.types import Task
 
@@ -45,6 +47,30 @@ def test_chunks_do_not_change_the_numbers(chunk):
     one, other = evaluate(*parts, chunk=1), evaluate(*parts, chunk=chunk)
     for name, value in one.items():
         assert other[name].mean == pytest.approx(value.mean, rel=1e-5)
+
+
+def test_an_ensemble_is_the_mean_of_outputs_and_each_model_adapts_by_itself():
+    """Of lines through 0 it is the line of the mean slope: of slopes 1 and -1, which are both wrong, that of slope 0."""
+    loss, adapt = line_loss(), unroll(optax.sgd(0.1), 3)
+    of_all = mse(ensemble_apply(lambda w, x: w * x))
+    stacked = jnp.array([[[1.0]], [[-1.0]], [[0.6]]])
+    found = evaluate(stacked, lines, of_all, ensemble_adapt(adapt, loss), PROTOCOL, chunk=10)
+    expected = evaluate(jnp.array([[0.2]]), lines, loss, adapt, PROTOCOL, chunk=10)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].mean == pytest.approx(value.mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "joint"])
+def test_an_ensemble_of_equal_networks_is_that_network(norm):
+    apply, params = functional(MLP((1,), 1, hidden=(4,), norm=nnx.BatchNorm, rngs=nnx.Rngs(0)))
+    adapt, sampler = unroll(optax.sgd(0.1), 1), sinusoid(shots=3, queries=3)
+    protocol = Protocol(tasks=4, shots=3, queries=3, steps=1, norm=norm)
+    one = evaluate(params, sampler, mse(apply), adapt, protocol, chunk=4)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    two = evaluate(stacked, sampler, mse(ensemble_apply(apply)), ensemble_adapt(adapt, mse(apply)), protocol, chunk=4)
+    for name, value in one.items():
+        assert two[name].mean == pytest.approx(value.mean, rel=1e-5)
 
 
 def test_tasks_depend_on_seed_split_and_index_alone():

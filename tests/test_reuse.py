@@ -101,7 +101,8 @@ def test_the_similarity_of_outputs_is_their_correlation(done, learner):
 
 def test_of_too_few_examples_cca_is_left_out(done):
     directory, _, _ = done
-    cfg, learner, _, params = reuse.load(directory)
+    cfg, learner, found = reuse.load(directory)
+    (params,) = found.values()
     rows = reuse.similarity(cfg, learner, params, build.build_protocol(cfg, tasks=2, queries=5))
     assert [row["cca"]["mean"] is None for row in rows] == [True, True, False]
     assert all(0 < row["cka"]["mean"] <= 1.0001 for row in rows)

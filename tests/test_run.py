@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -278,6 +279,53 @@ def test_another_protocol_gives_other_numbers_and_another_name(classifier):
 def test_inductive_and_transductive_numbers_differ(classifier):
     norms = [evaluate_run(classifier, [f"evaluation.norm={norm}"])["metrics"] for norm in ("batch", "support")]
     assert norms[0]["meta_test/step_1/loss"] != norms[1]["meta_test/step_1/loss"]
+
+
+def test_checkpoints_are_chosen_and_several_are_one_named_ensemble(classifier, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(classifier, directory)
+    valid = [{"step": 2, "meta_valid/step_2/accuracy": 0.2}, {"step": 4, "meta_valid/step_2/accuracy": 0.1}]
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in valid)
+    before, both, best, best_two = (
+        evaluate_run(directory, [f"checkpoints={w}"]) for w in ("2", "2,4", "best1", "best2")
+    )
+    newest = evaluate_run(directory)
+    assert (before["step"], newest["step"], best["step"]) == (2, 4, 2)
+    assert before["params_sha256"] == best["params_sha256"] != newest["params_sha256"]
+    assert before["protocol_hash"] == newest["protocol_hash"] != both["protocol_hash"] == best_two["protocol_hash"]
+    assert both["protocol"]["ensemble"] == "mean outputs of meta-steps 2, 4"
+    assert both["metrics"] == best_two["metrics"] != newest["metrics"]
+    ended = main(str(directory), "checkpoints=2", program=evaluate)
+    assert ended.code == 0, ended.err
+    name = f"{before['protocol_hash']}-2.json"
+    assert json.loads((directory / "evaluations" / name).read_text())["metrics"] == before["metrics"]
+    for which, words in (
+        ("3", "[3] cannot be read; there are [2, 4]"),
+        ("two", "give meta-steps with commas between, or best5; there are [2, 4]"),
+        ("best3", "2 checkpoints in"),
+    ):
+        ended = main(str(directory), f"checkpoints={which}", program=evaluate)
+        assert ended.code == 2
+        assert words in ended.err
+
+
+def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier):
+    cfg = OmegaConf.create(json.loads((classifier / "summary.json").read_text())["config"])
+    assert "rotations=none" in build.build_protocol(cfg).task
+    turned = evaluate_run(classifier, ["evaluation.rotations=per_class"])
+    assert "rotations=per_class" in turned["protocol"]["task"]
+    assert turned["metrics"] != summary(classifier)["metrics"]
+    for key, words in (("batch=2", "algorithm maml takes the whole support set"), ("rotations=some", "rotations")):
+        ended = main(str(classifier), f"evaluation.{key}", program=evaluate)
+        assert ended.code == 2
+        assert words in ended.err
+    reptile = config(*SMALL, "algorithm=reptile", "optimizer=reptile", "evaluation.batch=2", "task.shots=5")
+    protocol, measure = build.evaluation(reptile, learner := build.learner(reptile))
+    whole = build.evaluation(config(*SMALL, "algorithm=reptile", "optimizer=reptile", "task.shots=5"), learner)
+    assert protocol.batch == 2
+    assert protocol.hash != whole[0].hash
+    assert measure(learner.state.params)["step_2/loss"] != whole[1](learner.state.params)["step_2/loss"]
 
 
 @pytest.mark.slow
