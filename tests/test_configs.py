@@ -55,11 +55,24 @@ TABLE_1 = {
     "finn2017/omniglot_20way_5shot_conv": (0.989, 0.002),
 }
 
-TASKS = {"li2017/sinusoid": 10000, "zintgraf2019/sinusoid": 1000}
-"""Of the evaluation, where they are not 600."""
+TASKS = {"li2017/sinusoid": 10000, "zintgraf2019/sinusoid": 1000, "nichol2018": 10000, "snell2017": 1000}
+"""Of the evaluation, by experiment or paper, where they are not 600."""
+
+# paper: figures for 5-way 1-shot, 5-way 5-shot, 20-way 1-shot, 20-way 5-shot (None: not confirmed); algorithm, steps and norm of
+# the evaluation; tasks of a meta-step and meta-steps, both at 5 ways
+OTHERS = {
+    "nichol2018": ((0.9539, 0.9890, 0.8814, 0.9665), "reptile", 50, "joint", 5, 100000),
+    "antoniou2019": ((0.9947, 0.9993, 0.9665, None), "maml_pp", 5, "batch", 8, 50000),
+    "snell2017": ((0.988, 0.997, 0.960, 0.989), "protonet", 0, "batch", 1, 20000),
+    "li2017": ((0.9953, 0.9993, 0.9593, 0.9897), "meta_sgd", 1, "batch", 32, 60000),
+}
 
 # Finn et al. 2017, Table 2: mean squared error after 1, 5, 10 steps, 5 shots.
 TABLE_2 = {"maml": (0.67, 0.38, 0.35), "joint": (2.41, 2.23, 2.19)}
+
+
+def tasks_of(name: str) -> int:
+    return TASKS.get(name, TASKS.get(name.split("/")[0], 600))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +195,7 @@ def test_every_experiment_is_built(name):
     cfg = config(f"experiment={name}")
     learner = build.learner(cfg)
     protocol, _ = build.evaluation(cfg, learner)
-    assert protocol.tasks == TASKS.get(name, 600)
+    assert protocol.tasks == tasks_of(name)
     assert jax.tree.leaves(learner.state.params)
 
 
@@ -279,9 +292,10 @@ def test_head_comments_give_command_the_papers_number_and_ours(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_settings_and_figures_are_those_of_the_paper(name):
     cfg = config(f"experiment={name}")
-    assert cfg.evaluation.tasks == TASKS.get(name, 600)
+    assert cfg.evaluation.tasks == tasks_of(name)
     assert cfg.evaluation.split == "meta_test"
-    assert cfg.optimizer.learning_rate == 1e-3
+    if "learning_rate" in cfg.optimizer and not OmegaConf.is_config(cfg.optimizer.learning_rate):
+        assert cfg.optimizer.learning_rate == 1e-3
     if name not in SETTINGS:
         return
     ways, shots, train_steps, test_steps, step_size, meta_batch = SETTINGS[name]
@@ -292,6 +306,33 @@ def test_settings_and_figures_are_those_of_the_paper(name):
     assert (cfg.task.class_split, cfg.task.rotations, cfg.task.invert) == ("finn", "per_class", True)
     figures = OmegaConf.to_container(cfg.paper.figures)
     assert figures == {"maml": {f"meta_test/step_{test_steps}/accuracy": list(TABLE_1[name])}}
+
+
+@pytest.mark.parametrize("paper", OTHERS)
+def test_the_omniglot_tables_of_other_papers(paper):
+    figures, algorithm, steps, norm, meta_batch, meta_steps = OTHERS[paper]
+    for (ways, shots), figure in zip(((5, 1), (5, 5), (20, 1), (20, 5)), figures, strict=True):
+        cfg = config(f"experiment={paper}/omniglot_{ways}way_{shots}shot")
+        protocol = build.build_protocol(cfg)
+        assert (protocol.ways, protocol.shots, protocol.steps, protocol.norm) == (ways, shots, steps, norm)
+        assert cfg.algorithm.name == algorithm
+        assert ways == 20 or (cfg.trainer.meta_batch, cfg.trainer.steps) == (meta_batch, meta_steps)
+        assert all(getattr(protocol, name) == value for name, value in cfg.paper.protocol.items())
+        found = [value[0] for value in cfg.paper.figures.get(algorithm, {}).values()]
+        assert found == ([] if figure is None else [pytest.approx(figure)])
+        assert all(key == f"meta_test/step_{steps}/accuracy" for key in cfg.paper.figures.get(algorithm, {}))
+        assert ("rotations=none" in protocol.task) == (paper in ("nichol2018", "antoniou2019"))
+        text = (CONF / f"experiment/{paper}/omniglot_{ways}way_{shots}shot.yaml").read_text()
+        assert figure is None or f"{100 * figure:.2f}".rstrip("0") in text
+
+
+def test_anil_beside_maml():
+    """Raghu et al. 2020, Table 2: 20 ways, 1 and 5 shots."""
+    for shots, maml, anil in ((1, 0.937, 0.962), (5, 0.964, 0.980)):
+        for name in ("maml", "anil"):
+            cfg = config(f"experiment=raghu2020/omniglot_20way_{shots}shot_{name}")
+            assert (cfg.algorithm.name, cfg.task.ways, cfg.task.shots) == (name, 20, shots)
+            assert [cfg.paper.figures[a]["meta_test/step_5/accuracy"][0] for a in ("maml", "anil")] == [maml, anil]
 
 
 def test_the_main_job_is_the_papers_sinusoid():
