@@ -1,6 +1,7 @@
 """Where configuration meets code: the one place that turns a composed config into the library's values."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Trainer:
     steps: int = MISSING
     meta_batch: int = MISSING
     task_chunk: Any = MISSING
+    devices: Any = 1
     memory_gb: float | None = None
     log_every: int = MISSING
     checkpoint_every: int = MISSING
@@ -137,8 +139,8 @@ def learner(cfg: DictConfig) -> Learner:
     loss = instantiate(cfg.task.loss)(apply)
     objective = build_objective(cfg, loss)
     optimizer = instantiate(cfg.optimizer, _convert_="all")
-    size, chunk = cfg.trainer.meta_batch, cfg.trainer.task_chunk
-    step = train.meta_step(objective, optimizer, meta_batch=size, task_chunk=chunk)
+    how = {name: cfg.trainer[name] for name in ("meta_batch", "task_chunk", "devices")}
+    step = train.meta_step(objective, optimizer, **how)
     with _fitting(cfg):
         adapt = inner_loop(cfg)
         if hasattr(adapt, "carried") and OmegaConf.select(cfg, "optimizer._target_") != "optax.partition":
@@ -178,11 +180,12 @@ def with_derivative(cfg: DictConfig, name: str) -> DictConfig:
     return cfg
 
 
-def kernel_codes(cfg: DictConfig) -> tuple[Any, str] | None:
-    """The quantizer of kernels that the model has, or else the inner loop, and a pattern for their paths; None without."""
+def kernel_codes(cfg: DictConfig) -> tuple[Any, Callable[[str], bool]] | None:
+    """The quantizer of kernels that the model has, or else the inner loop, and which paths are theirs; None without."""
     if "kernels" in cfg.model and (kernels := instantiate(cfg.model.kernels)) is not None:
-        return kernels, f"^(?=.*(?:{cfg.model.layers})).*kernel$"
-    return (instantiate(cfg.algorithm.grid), "kernel") if "grid" in cfg.algorithm else None
+        layers = re.compile(cfg.model.layers)
+        return kernels, lambda name: name.endswith("kernel") and layers.search(name) is not None
+    return (instantiate(cfg.algorithm.grid), lambda name: name.endswith("kernel")) if "grid" in cfg.algorithm else None
 
 
 def build_sampler(cfg: DictConfig, split: str, **sizes: Any) -> Sampler:
@@ -253,7 +256,7 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
     if "step_size" in cfg.algorithm:
         cfg.algorithm.step_size = step_size
     if protocol.batch is not None:
-        if "batch" not in cfg.algorithm:
+        if "${algorithm.batch}" not in OmegaConf.to_yaml(cfg.algorithm):
             raise ValueError(
                 f"evaluation.batch={protocol.batch}: algorithm {cfg.algorithm.name} takes the whole support set at each step; "
                 "leave it out"

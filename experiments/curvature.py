@@ -4,7 +4,7 @@
 
     diagnostics/curvature/stable_step_size_...    2/λmax of the support loss before adaptation, over what the inner loop moves
     diagnostics/curvature/step_i/...              along the path: curvature, predicted and actual decrease of the support loss;
-                                                  of a quantized model the share of codes that the step changes
+                                                  of kernels with codes the share that the step changes, those clipped, the SQNR
     diagnostics/curvature/first_order_...         cosine and norm ratio of the first-order to the full meta-gradient
 """
 
@@ -209,7 +209,13 @@ def meta_spectrum(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root
 
 
 def update_values(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root: Any, k: int) -> jax.Array:
-    """The largest singular values [tasks, k] of ∂θ_K/∂θ₀ for each task, over the model's parameters."""
+    """The largest singular values [tasks, k] of ∂θ_K/∂θ₀ for each task, over the model's parameters.
+
+    Raises:
+      ValueError: for an algorithm whose outer loop takes no derivative of its inner one.
+    """
+    if cfg.algorithm.objective["_target_"] == PSEUDO_OBJECTIVE:
+        raise ValueError(f"update: the outer loop of algorithm {cfg.algorithm.name} differentiates no inner step")
     adapt = build.inner_loop(build.with_derivative(cfg, "reverse"))
     keys = keys_for(root, "diagnose/update", 0, len(jax.tree.leaves(tasks)[0]))
     start, whole = (params.params, params._replace) if isinstance(params, MetaParams) else (params, None)

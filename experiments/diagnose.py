@@ -65,11 +65,12 @@ def diagnose(
     """The numbers of the report, of the newest checkpoint where nothing else is said; and its figures under "figures"."""
     report: dict[str, Any] = {"algorithm": cfg.algorithm.name, "meta_step": max(kept), "left_out": []}
     figures: dict[str, plots.Figure] = {}
-    for part in (_curvature, _meta, _per_example):
+    for part in (_curvature, _meta, _update, _per_example):
         try:
             numbers, drawn = part(cfg, learner, kept, logged)
         except ValueError as error:
-            report["left_out"].append(str(error))
+            if (reason := str(error)) not in report["left_out"]:
+                report["left_out"].append(reason)
             continue
         report |= numbers
         figures |= drawn
@@ -83,8 +84,7 @@ def _curvature(cfg, learner, kept, logged):
         step: jax.device_get(measure(p.state.params, sampler, p.state.key, p.state.step)) for step, p in kept.items()
     }
     state, last, k = kept[max(kept)].state, seen[max(kept)], cfg.diagnostics.curvature.lanczos
-    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, cfg.diagnostics.curvature.tasks))
-    at = adapt, learner.loss, state.params, tasks, state.key
+    at = adapt, *_at(cfg, learner, state)[1:]
     moved = curvature.moved_names(*at)
     spectra = jax.device_get(curvature.moved_spectra(*at, moved, k))
     layers = jax.device_get(curvature.layer_step_sizes(*at, moved, k))
@@ -142,17 +142,26 @@ def _ends(spectra: Any) -> dict[str, float]:
 def _meta(cfg, learner, kept, logged):
     del logged
     state, settings = kept[max(kept)].state, cfg.diagnostics.curvature
-    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, settings.tasks))
-    at = cfg, learner.loss, state.params, tasks, state.key, state.step
-    meta = jax.device_get(curvature.meta_spectrum(*at, settings.lanczos))
-    numbers: dict[str, Any] = {"meta_objective": _ends(meta) | {"tasks": settings.tasks}}
-    if cfg.algorithm.steps:
-        values = jax.device_get(curvature.update_values(*at[:-1], settings.lanczos))
-        numbers["update"] = [
-            {"singular value": i + 1, "median over tasks": float(np.median(x)), "largest": float(x.max())}
-            for i, x in enumerate(values.T[:SINGULAR_VALUES])
-        ]
-    return numbers, {}
+    meta = curvature.meta_spectrum(*_at(cfg, learner, state), state.step, settings.lanczos)
+    return {"meta_objective": _ends(jax.device_get(meta)) | {"tasks": settings.tasks}}, {}
+
+
+def _update(cfg, learner, kept, logged):
+    del logged
+    state, settings = kept[max(kept)].state, cfg.diagnostics.curvature
+    curvature.inner_loop(cfg)
+    values = jax.device_get(curvature.update_values(*_at(cfg, learner, state), settings.lanczos))
+    rows = [
+        {"singular value": i + 1, "median over tasks": float(np.median(x)), "largest": float(x.max())}
+        for i, x in enumerate(values.T[:SINGULAR_VALUES])
+    ]
+    return {"update": rows}, {}
+
+
+def _at(cfg, learner, state):
+    """What curvature is measured at: the tasks of the logged diagnostics."""
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, cfg.diagnostics.curvature.tasks))
+    return cfg, learner.loss, state.params, tasks, state.key
 
 
 def _mean_ci(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@
                                    [task.data_dir=DIR]
 
 The newest checkpoint of the run is evaluated under the run's own config with these changes (a protocol by name leaves the run's
-steps and step size: give evaluation.steps= to change them); prints the numbers and writes them to
+steps, step size, rotations and minibatches: give evaluation.steps= to change them); prints the numbers and writes them to
 RUN_DIRECTORY/evaluations/<protocol hash>.json (of another checkpoint than the newest <protocol hash>-<meta-step>.json).
 
 checkpoints=20000 takes the one of that meta-step; checkpoints=20000,25000 (or best5: of those kept the five that were best on
@@ -49,10 +49,8 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             if not path.exists():
                 names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
                 raise ValueError(f"evaluation={value}: no such protocol; there are {names}")
-            kept = {
-                "steps": cfg.evaluation.steps,
-                "step_size": cfg.evaluation.step_size,
-            }  # of the algorithm, not of the protocol
+            own = ("steps", "step_size", "rotations", "batch")  # of the algorithm and the task, not of the protocol
+            kept = {name: OmegaConf.select(cfg, f"evaluation.{name}") for name in own}
             cfg.evaluation = OmegaConf.merge(typed, OmegaConf.load(path), kept)
         elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
             raise ValueError(

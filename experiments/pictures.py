@@ -1,5 +1,6 @@
 """The pictures of a run: per-step metrics, training curves, and adaptation on single tasks."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,8 +67,7 @@ def _step_curve(name: str, metrics: Mapping[str, Interval], protocol: Protocol) 
 
 def _adapted(cfg, learner, params, protocol, queries: int, tasks: int):
     """Tasks drawn under the protocol, and the query outputs after 0..steps inner steps [tasks, steps + 1, ...]."""
-    sizes = {"ways": protocol.ways, "shots": protocol.shots, "queries": queries}
-    sampler = build.build_sampler(cfg, protocol.split, **sizes)
+    sampler = build.protocol_sampler(cfg, dataclasses.replace(protocol, queries=queries))
     adapt = build.build_adapt(cfg, protocol)
     keys = keys_for(jax.random.key(protocol.seed), "pictures", 0, tasks)
 

@@ -23,6 +23,7 @@ from experiments import build
 from experiments.program import run_program
 from maml import plan, train
 from maml.plan import Cost
+from maml.sharding import tasks_mesh
 from maml.types import as_argument
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,21 @@ def candidates(cfg: DictConfig, auto: int) -> list[Candidate]:
 
 def _chunks(cfg: DictConfig, auto: int) -> list[int]:
     """What `auto` is, all tasks, one, and a divisor of their number near to its root; only the config's own if it has one."""
-    chunk, tasks = cfg.trainer.task_chunk, cfg.trainer.meta_batch
+    chunk, tasks = cfg.trainer.task_chunk, _tasks(cfg)
     if chunk != "auto":
         return [tasks if chunk == "all" else chunk]
     between = min((n for n in range(1, tasks + 1) if tasks % n == 0), key=lambda n: abs(n * n - tasks))
     return list(dict.fromkeys([auto, tasks, between, 1]))
 
 
+def _tasks(cfg: DictConfig) -> int:
+    """Of a meta-step on one device."""
+    mesh = tasks_mesh(cfg.trainer.devices)
+    return cfg.trainer.meta_batch // (mesh.size if mesh else 1)
+
+
 def auto_chunk(cfg: DictConfig, learner: build.Learner) -> int:
-    return train.chunk_size("auto", cfg.trainer.meta_batch, learner.state.params)
+    return train.chunk_size("auto", _tasks(cfg), learner.state.params)
 
 
 def trace(learner: build.Learner) -> jax.stages.Traced:

@@ -90,11 +90,16 @@ def expanded(argument: str) -> str:
     """`experiment=glob(finn2017/omniglot*)` as the comma list that it stands for: Hydra's own glob lists one folder alone.
 
     Raises:
-      ValueError: for a pattern that finds nothing.
+      ValueError: for a pattern that finds nothing, and for more than one pattern.
     """
-    if not (found := re.fullmatch(r"(\w+)=glob\(([^][(),]*/[^][(),]*)\)", argument)):
+    found = re.fullmatch(r"(\w+)=glob\((.*)\)", argument)
+    if not found or not any(path.is_dir() for path in (CONF / found[1]).glob("*")):
         return argument
     group, pattern = found.groups()
+    if re.search(r"[][,=]", pattern):
+        raise ValueError(
+            f"{argument}: give one pattern, such as {group}=glob(FOLDER/NAME*), or names with commas between"
+        )
     names = [name for name in _names(group) if fnmatch.fnmatch(name, pattern)]
     if not names:
         raise ValueError(f"{argument}: finds no file of conf/{group}; there are {', '.join(_names(group))}")

@@ -1,10 +1,11 @@
 """What adaptation changes: each layer before and after the inner loop, and what it is worth while the first layers stay frozen.
 
-    python -m experiments.reuse RUN_DIRECTORY [tasks=N] [queries=N] [evaluation.KEY=VALUE ...] [task.data_dir=DIR]
+    python -m experiments.reuse RUN_DIRECTORY [tasks=N] [queries=N] [evaluation.KEY=VALUE ...] [checkpoints=STEP]
+                                [task.data_dir=DIR]
 
-The analysis of Raghu et al. 2020 (arXiv 1909.09157), section 3, of the newest checkpoint of a run: similarity of the outputs of
-each layer on query inputs (Figure 2) and the evaluation with frozen layers (Table 1). Writes RUN_DIRECTORY/reuse/reuse.md with
-its figures as PNG, and reuse.json with its numbers.
+The analysis of Raghu et al. 2020 (arXiv 1909.09157), section 3, of the newest checkpoint of a run or of that of a meta-step:
+similarity of the outputs of each layer on query inputs (Figure 2) and the evaluation with frozen layers (Table 1). Writes
+RUN_DIRECTORY/reuse/reuse.md with its figures as PNG, and reuse.json with its numbers (of checkpoints=STEP to reuse-STEP).
 
 Similarity is over the first `tasks` of the protocol's draw (100), with `queries` examples per class of their own (15; 100 points
 for regression): CCA needs more examples than both sides have features. The frozen rows are under the run's own protocol.
@@ -254,7 +255,8 @@ def sizes(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 
 def written(directory: Path, arguments: Sequence[str]) -> str:
     numbers, overrides = sizes(arguments)
-    path = save(directory / "reuse", reuse(directory, **numbers, overrides=overrides))
+    given = next((f"-{o.partition('=')[2]}" for o in overrides if o.startswith("checkpoints=")), "")
+    path = save(directory / f"reuse{given}", reuse(directory, **numbers, overrides=overrides))
     return f"{path.read_text()}\n{path}"
 
 

@@ -63,6 +63,8 @@ class Protocol:
         for name in ("tasks", "shots", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}: give 1 or more")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"evaluation.batch={self.batch}: give 1 or more, or null for that of training")
         if self.steps < 0:
             raise ValueError(f"evaluation.steps={self.steps}: give 0 or more")
         check_norm(self.norm)

@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from maml.random import keys_for
+from maml.sharding import mean_over_devices, tasks_mesh
 from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument
 
 
@@ -36,6 +37,7 @@ def meta_step(
     *,
     meta_batch: int,
     task_chunk: int | str = "auto",
+    devices: int | str = 1,
 ) -> MetaStep:
     """One outer step: θ ← update(∇θ mean over tasks of objective(θ, task)); pure, not jitted.
 
@@ -46,19 +48,29 @@ def meta_step(
       meta_batch: tasks per meta-step.
       task_chunk: tasks that are mapped together (vmap); the chunks run one after the other. "all", "auto", or a divisor
         of meta_batch. A matter of execution: the gradient is the same up to rounding.
+      devices: over which the tasks are spread in equal parts, or "all"; chunks are then chunks of a part. The same holds.
 
     Raises:
-      ValueError: for a meta_batch below 1 or a chunk that does not divide it.
+      ValueError: for a meta_batch below 1, devices that do not divide it or are not there, a chunk that does not divide a part.
     """
     if meta_batch < 1:
         raise ValueError(f"meta_batch={meta_batch}: give 1 task or more")
-    check_chunk(task_chunk, meta_batch)
+    mesh = tasks_mesh(devices)
+    if meta_batch % (count := mesh.size if mesh else 1):
+        raise ValueError(f"meta_batch={meta_batch}, devices={devices!r}: give a multiple of the {count} devices")
+    part = meta_batch // count
+    check_chunk(task_chunk, part)
+
+    def mean_gradient(shared: tuple[MetaState, Sampler], of_tasks: Key, of_objective: Key) -> tuple[Params, Metrics]:
+        state, sampler = shared
+        chunk = chunk_size(task_chunk, part, state.params)
+        return _mean_gradient(objective, state, sampler(of_tasks), of_objective, chunk)
 
     def step(state: MetaState, sampler: Sampler) -> tuple[MetaState, Metrics]:
-        chunk = chunk_size(task_chunk, meta_batch, state.params)
-        tasks = sampler(keys_for(state.key, "meta_train/tasks", state.step, meta_batch))
-        keys = keys_for(state.key, "meta_train/objective", state.step, meta_batch)
-        grads, metrics = _mean_gradient(objective, state, tasks, keys, chunk)
+        keys = keys_for(state.key, "meta_train/tasks", state.step, meta_batch)
+        objective_keys = keys_for(state.key, "meta_train/objective", state.step, meta_batch)
+        mean = mean_over_devices(mean_gradient, mesh) if mesh else mean_gradient
+        grads, metrics = mean((state, as_argument(sampler) if mesh else sampler), keys, objective_keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(metrics) | {"gradient_norm": optax.tree.norm(grads)}

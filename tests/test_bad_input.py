@@ -91,6 +91,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
             "experiment=glob(finn2018/*)",
             ["glob(finn2018/*): finds no file of conf/experiment", "finn2017/sinusoid_oracle"],
         ),
+        ("experiment=glob(finn2017/*,exclude=*mlp)", ["exclude=*mlp): give one pattern"]),
         ("trainer.steps=five", ["trainer.steps=five", "'five' of type 'str' could not be converted to Integer"]),
         ("seed=none", ["seed=none", "could not be converted to Integer"]),
         ("debug_nans=perhaps", ["debug_nans=perhaps", "not a valid bool"]),

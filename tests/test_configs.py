@@ -140,6 +140,9 @@ def test_a_table_of_a_paper_is_one_glob():
     assert (
         expanded("experiment=glob(*/sinusoid)") == "experiment=finn2017/sinusoid,li2017/sinusoid,zintgraf2019/sinusoid"
     )
+    everything = expanded("experiment=glob(*)").split("=")[1].split(",")
+    assert set(everything) == set(EXPERIMENTS)
+    assert "li2017/omniglot_5way_1shot" in expanded("experiment=glob(*omniglot*)")
     for other in ("algorithm=glob(*maml*)", "seed=1,2", "-m", "experiment=finn2017/sinusoid", "hydra.run.dir=a/b(c)"):
         assert expanded(other) == other
 
@@ -321,6 +324,10 @@ def test_the_omniglot_tables_of_other_papers(paper):
         found = [value[0] for value in cfg.paper.figures.get(algorithm, {}).values()]
         assert found == ([] if figure is None else [pytest.approx(figure)])
         assert all(key == f"meta_test/step_{steps}/accuracy" for key in cfg.paper.figures.get(algorithm, {}))
+        if paper == "nichol2018":
+            inner = (cfg.algorithm.steps, cfg.algorithm.step_size, cfg.algorithm.batch, cfg.task.shots, protocol.batch)
+            assert inner == ((5, 1e-3, 10, 10, 5) if ways == 5 else (10, 5e-4, 20, 10, 10))
+            assert (cfg.trainer.meta_batch, cfg.trainer.steps) == (5, 100000 if ways == 5 else 200000)
         assert ("rotations=none" in protocol.task) == (paper in ("nichol2018", "antoniou2019"))
         text = (CONF / f"experiment/{paper}/omniglot_{ways}way_{shots}shot.yaml").read_text()
         assert figure is None or f"{100 * figure:.2f}".rstrip("0") in text

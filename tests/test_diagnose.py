@@ -233,6 +233,27 @@ def test_the_bound_is_compared_with_the_step_size_of_sgd_alone(overrides, size):
     assert curvature.sgd_step_size(config(*SMALL, *own, *overrides)) == size
 
 
+def test_of_imaml_there_is_the_update_and_no_meta_hessian():
+    """∂θ_K/∂θ₀ of the proximal optimum is (I + H/λ)⁻¹: its largest singular value from the dense Hessian there."""
+    small = ("model.hidden=[3]", "model.kernel_init.stddev=0.5", "algorithm.cg_steps=30", "algorithm.steps=400")
+    cfg = config(*SMALL, "algorithm=imaml", "algorithm.step_size=0.05", *small)
+    learner = build.learner(cfg)
+    state = learner.state
+    tasks = learner.sampler(keys_for(state.key, "any", 0, 1))
+    found = curvature.update_values(cfg, learner.loss, state.params, tasks, state.key, k=10)[0]
+    task = jax.tree.map(lambda x: x[0], tasks)
+    optimum = build.inner_loop(cfg)(learner.loss, state.params, task.support, state.key).params
+    matrix = np.asarray(hessian(lambda p: learner.loss(p, task.support, state.key)[0], optimum).values)
+    expected = np.sort(1 / np.abs(1 + np.linalg.eigvalsh(matrix) / cfg.algorithm.strength))[::-1]
+    np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-3)
+    with pytest.raises(ValueError, match="has no derivative of its own"):
+        curvature.meta_spectrum(cfg, learner.loss, state.params, tasks, state.key, jnp.int32(0), k=2)
+    reptile = config(*SMALL, "algorithm=reptile_sgd", "optimizer=reptile")
+    for measure in (curvature.update_values, lambda *at: curvature.meta_spectrum(*at[:-1], jnp.int32(0), at[-1])):
+        with pytest.raises(ValueError, match="algorithm reptile_sgd"):
+            measure(reptile, learner.loss, state.params, tasks, state.key, 2)
+
+
 def test_a_report_leaves_out_what_there_is_not(tmp_path):
     run.run(config(*SMALL, "algorithm=joint", "logger=quiet"), tmp_path)
     report = diagnose.diagnose(*diagnose.load(tmp_path, ["diagnostics.per_example.tasks=2"]))

@@ -316,10 +316,17 @@ def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier)
     turned = evaluate_run(classifier, ["evaluation.rotations=per_class"])
     assert "rotations=per_class" in turned["protocol"]["task"]
     assert turned["metrics"] != summary(classifier)["metrics"]
-    for key, words in (("batch=2", "algorithm maml takes the whole support set"), ("rotations=some", "rotations")):
+    for key, words in (
+        ("batch=2", "algorithm maml takes the whole support set"),
+        ("rotations=some", "give 'none', 'per_class'"),
+        ("batch=0", "evaluation.batch=0: give 1 or more"),
+    ):
         ended = main(str(classifier), f"evaluation.{key}", program=evaluate)
         assert ended.code == 2
         assert words in ended.err
+    other = config(*SMALL, "algorithm=fomaml", "+algorithm.batch=3", "evaluation.batch=2")
+    with pytest.raises(ValueError, match="algorithm fomaml takes the whole support set"):
+        build.evaluation(other, build.learner(other))
     reptile = config(*SMALL, "algorithm=reptile", "optimizer=reptile", "evaluation.batch=2", "task.shots=5")
     protocol, measure = build.evaluation(reptile, learner := build.learner(reptile))
     whole = build.evaluation(config(*SMALL, "algorithm=reptile", "optimizer=reptile", "task.shots=5"), learner)

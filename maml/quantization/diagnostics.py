@@ -1,6 +1,8 @@
 """What a quantizer did, to parameters and along an inner loop."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,11 @@ from maml.quantization.learned import Learned
 from maml.quantization.quantizer import Codes, Quantizer, decode
 from maml.types import Adapt, Adapted, Params, Trace, initial, leaf_name
 
+Where = str | Callable[[str], Any]
+"""Which parameters are meant: a regular expression that is searched in their paths, or a predicate of them."""
 
-def encoded(params: Params, quantizer: Quantizer | Learned, where: str = "") -> dict[str, Codes]:
+
+def encoded(params: Params, quantizer: Quantizer | Learned, where: Where = "") -> dict[str, Codes]:
     """The codes by path (`layers/0/kernel`), of the parameters whose path the pattern `where` finds.
 
     The step of a `learned` quantizer is the parameter beside it, as `models.quantize` makes it: `layers/0/dot_general/scale`.
@@ -37,7 +42,7 @@ def _step_of(name: str, params: Params) -> Array:
     return steps[0]
 
 
-def code_flips(before: Params, after: Params, quantizer: Quantizer | Learned, where: str = "") -> Float[Array, ""]:
+def code_flips(before: Params, after: Params, quantizer: Quantizer | Learned, where: Where = "") -> Float[Array, ""]:
     """The share of integer codes that differ, over the parameters whose path (`layers/0/kernel`) the pattern `where` finds.
 
     A quantized inner loop whose steps flip no code predicts what it predicted before, whatever its parameters did.
@@ -49,7 +54,7 @@ def code_flips(before: Params, after: Params, quantizer: Quantizer | Learned, wh
     return _share([a.codes != b.codes for a, b in pairs])
 
 
-def clipped_fraction(params: Params, quantizer: Quantizer | Learned, where: str = "") -> Float[Array, ""]:
+def clipped_fraction(params: Params, quantizer: Quantizer | Learned, where: Where = "") -> Float[Array, ""]:
     """The share of values that lie outside of the grid: further than half a step from their point."""
 
     def outside(x, codes):
@@ -58,7 +63,7 @@ def clipped_fraction(params: Params, quantizer: Quantizer | Learned, where: str 
     return _share(list(map(outside, selected(params, where).values(), encoded(params, quantizer, where).values())))
 
 
-def sqnr(params: Params, quantizer: Quantizer | Learned, where: str = "") -> Float[Array, ""]:
+def sqnr(params: Params, quantizer: Quantizer | Learned, where: Where = "") -> Float[Array, ""]:
     """Signal to quantization noise in dB: 10 log₁₀ Σx² / Σ(x - Q(x))²; finite also without noise or signal."""
     found = [wide(x) for x in selected(params, where).values()]
     noise = [x - decode(codes) for x, codes in zip(found, encoded(params, quantizer, where).values(), strict=True)]
@@ -67,7 +72,7 @@ def sqnr(params: Params, quantizer: Quantizer | Learned, where: str = "") -> Flo
 
 
 def code_metrics(
-    path: Params, quantizer: Quantizer | Learned, where: str = "kernel"
+    path: Params, quantizer: Quantizer | Learned, where: Where = "kernel"
 ) -> dict[str, Float[Array, " steps"]]:
     """What the codes do along an inner loop, of the parameters before and after its steps (`trace.params`, [steps + 1, ...]).
 
@@ -87,7 +92,7 @@ def code_metrics(
     return jax.vmap(of_step)(before, after)
 
 
-def with_code_metrics(adapt: Adapt, quantizer: Quantizer | Learned, where: str = "kernel") -> Adapt:
+def with_code_metrics(adapt: Adapt, quantizer: Quantizer | Learned, where: Where = "kernel") -> Adapt:
     """The same inner loop, whose trace has the `code_metrics` too: objectives report those of the first step as `support/...`."""
 
     def watched(loss, params, support, key) -> Adapted:
@@ -99,10 +104,11 @@ def with_code_metrics(adapt: Adapt, quantizer: Quantizer | Learned, where: str =
     return watched
 
 
-def selected(params: Params, where: str) -> dict[str, Array]:
-    """The arrays by path, of those paths that the pattern finds."""
+def selected(params: Params, where: Where) -> dict[str, Array]:
+    """The arrays by path, of those paths that the pattern finds, or that are said to be meant."""
     named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(params)[0]}
-    found = {name: x for name, x in named.items() if re.search(where, name)}
+    meant = where if callable(where) else re.compile(where).search
+    found = {name: x for name, x in named.items() if meant(name)}
     if not found:
         raise ValueError(f"where={where!r}: finds no parameter; the paths are {', '.join(named)}")
     return found

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from maml.quantization.diagnostics import encoded, selected
+from maml.quantization.diagnostics import Where, encoded, selected
 from maml.quantization.learned import Learned
 from maml.quantization.quantizer import Codes, Quantizer
 from maml.types import Params
 
 
-def export(params: Params, quantizer: Quantizer | Learned, where: str = "kernel") -> Mapping[str, Codes | Array]:
+def export(params: Params, quantizer: Quantizer | Learned, where: Where = "kernel") -> Mapping[str, Codes | Array]:
     """Every parameter by its path: those that the pattern finds as `Codes` (int8, scales, zero points), the others as they are.
 
     Raises:
@@ -59,6 +59,14 @@ def integer_conv(
             )
     of_x, of_kernel = (
         a.codes.astype(jnp.int32) - a.zero_point for a in (x, kernel)
-    )  # so that padding is 0, and not a code
-    total = lax.conv_general_dilated(of_x, of_kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )  # padding is 0 then, and not a code
+    height, width, _, outputs = of_kernel.shape
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(of_x.shape[1:3], (height, width), strides, padding)
+    of_x = jnp.pad(of_x, [(0, 0), *padding, (0, 0)])
+    rows, columns = ((of_x.shape[1 + i] - n) // strides[i] * strides[i] + 1 for i, n in enumerate((height, width)))
+    patches = [  # and a matrix product, for GPUs have no convolution of int32
+        of_x[:, i : i + rows : strides[0], j : j + columns : strides[1]] for i in range(height) for j in range(width)
+    ]
+    total = jnp.matmul(jnp.concatenate(patches, -1), of_kernel.reshape(-1, outputs))
     return total.astype(x.scale.dtype) * (x.scale * kernel.scale)
