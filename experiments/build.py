@@ -203,10 +203,10 @@ def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[App
 
 
 def build_module(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> nnx.Module:
-    """The model for the shapes that the sampler draws: `outputs` is the ways, or the features of regression targets."""
+    """The model for the shapes that the sampler draws: `outputs` is the ways or symbols, or the features of regression targets."""
     task = jax.eval_shape(sampler, jax.random.split(root, 1))
     inputs, targets = task.query  # a support set of transitions has no targets
-    outputs = cfg.task.ways if "ways" in cfg.task else targets.shape[-1]
+    outputs = next((cfg.task[name] for name in ("ways", "symbols") if name in cfg.task), targets.shape[-1])
     factory = instantiate(cfg.model, _convert_="all")
     rngs = nnx.Rngs(params=key_for(root, "init"))
     return _make("model", factory, tuple(inputs.shape[2:]), outputs, rngs=rngs)

@@ -65,7 +65,7 @@ def mse(apply: Apply) -> Loss:
 def cross_entropy(apply: Apply) -> Loss:
     """Mean softmax cross-entropy in nats; batch = (inputs, labels), integer labels [examples], outputs [examples, classes].
 
-    The mean is over examples. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours
+    Of sequences the labels are [examples, symbols] and the outputs [examples, symbols, classes]. The mean is over all of them. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours
     (cbfinn/maml utils.py).
     """
 
@@ -85,7 +85,8 @@ def cross_entropy(apply: Apply) -> Loss:
 
     def per_example(params, batch, key):
         del key
-        return optax.softmax_cross_entropy_with_integer_labels(logits_of(params, batch), batch[1])
+        values = optax.softmax_cross_entropy_with_integer_labels(logits_of(params, batch), batch[1])
+        return values.reshape(len(values), -1).mean(1)  # of a sequence the mean over its symbols
 
     return _with_examples(loss, per_example, apply)
 

@@ -7,3 +7,4 @@ from maml.models.layers import blocks as blocks
 from maml.models.mlp import MLP as MLP
 from maml.models.quantized import quantize as quantize
 from maml.models.quantized import quantized as quantized
+from maml.models.transformer import Transformer as Transformer
