@@ -58,7 +58,7 @@ def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
-    """The config that checkpoints were saved with.
+    """The config that checkpoints were saved with, and keys that there were none of then at what they did.
 
     Raises:
       ValueError: where there are none.
@@ -67,7 +67,7 @@ def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
     if config is None:
         directory = checkpoints.directory
         raise ValueError(f"{directory.parent}: no checkpoint in {directory}; give the directory of a run")
-    return config
+    return {**config, "trainer": {"devices": 1, **config["trainer"]}}
 
 
 def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
@@ -111,7 +111,7 @@ def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
-    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (checkpoints.config() or cfg, cfg))
+    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (saved_config(checkpoints), cfg))
     keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
     if keys:
         changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)

@@ -15,7 +15,7 @@ from PIL import Image
 from experiments import build, evaluate, pictures, run
 from experiments.evaluate import evaluate_run
 from maml import train
-from maml.checkpoint import digest
+from maml.checkpoint import Checkpoints, digest
 from maml.loggers import read_json_lines
 from maml.tasks import image_folder
 from tests.programs import (
@@ -346,6 +346,22 @@ def test_evaluation_steps_lengthen_the_curve(done):
         for name, value in curve["metrics"].items():
             assert value["mean"] == pytest.approx(longest[name]["mean"], rel=1e-6)
     assert len({c["protocol_hash"] for c in curves}) == 3
+
+
+def test_a_run_from_before_there_were_devices_goes_on(done, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    shutil.copytree(done[0], directory)
+    config_of = Checkpoints.config
+
+    def older(self):
+        saved = dict(config_of(self))
+        return {**saved, "trainer": {k: v for k, v in saved["trainer"].items() if k != "devices"}}
+
+    monkeypatch.setattr(Checkpoints, "config", older)
+    assert evaluate_run(directory)["metrics"] == summary(directory)["metrics"]
+    (directory / "summary.json").unlink()
+    again = run.run(config(*SMALL, "logger=quiet"), directory)
+    assert again["params_sha256"] == summary(done[0])["params_sha256"]
 
 
 def test_more_tasks_begin_with_the_same_ones(done):
