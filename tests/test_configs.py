@@ -347,7 +347,7 @@ def test_anil_beside_maml():
 def test_the_main_job_is_the_papers_sinusoid():
     cfg = config()
     assert (cfg.trainer.steps, cfg.trainer.meta_batch, cfg.evaluation.steps) == (70000, 25, 10)
-    assert (cfg.algorithm.steps, cfg.algorithm.step_size, cfg.optimizer.learning_rate) == (1, 0.005, 1e-3)
+    assert (cfg.algorithm.steps, cfg.algorithm.step_size, cfg.optimizer.learning_rate) == (1, 0.001, 1e-3)
     assert (cfg.task.shots, cfg.evaluation.shots, cfg.evaluation.tasks) == (5, 5, 600)
     task = cfg.task
     assert (task.amplitude, task.inputs) == ([0.1, 5.0], [-5.0, 5.0])
