@@ -181,7 +181,7 @@ def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
 
 def _rows(groups: Sequence[list[Run]]) -> list[Row]:
     names = dict.fromkeys(name for runs in groups for run in runs for name in run.overrides)
-    told = {name: [_setting(runs[0], name) for runs in groups] for name in names if name != "seed"}
+    told = {name: [setting(runs[0], name) for runs in groups] for name in names if name != "seed"}
     differ = {name: values for name, values in told.items() if len(set(values)) > 1}
     rows, taken = [], set()
     for i, runs in enumerate(groups):
@@ -194,7 +194,8 @@ def _rows(groups: Sequence[list[Run]]) -> list[Row]:
     return rows
 
 
-def _setting(run: Run, name: str) -> str:
+def setting(run: Run, name: str) -> str:
+    """What an override of a run was given."""
     return run.settings.get(name) or run.choices.get(name) or NONE
 
 

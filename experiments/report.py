@@ -4,6 +4,7 @@
 
 Runs that differ in nothing but the seed make one row, beside the paper's figure where the
 experiment names one. Writes report.md, report.csv and the curves as PNG; prints the table.
+With --ledger FILE also a table of one line for each number, of experiments of any kind: RESULTS.md.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.collect import NONE, Row, Run, find, group, load_all, material, measured
+from experiments.collect import NONE, Row, Run, find, group, load_all, material, measured, setting
 from maml.metrics import Interval
 
 _INNER_STEP = re.compile(r"(.+)/step_(\d+)/(.+)")
@@ -29,15 +30,18 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="run or multirun directories, or globs of them")
     parser.add_argument("--metric", action="append", help="a metric to show; may be repeated")
     parser.add_argument("--output", type=Path, default=Path("report"), help="default: ./report")
+    parser.add_argument("--ledger", type=Path, help="a file for one line of each number, such as RESULTS.md")
     arguments = parser.parse_args()
     try:
-        print(report(arguments.runs, arguments.output, arguments.metric))
+        print(report(arguments.runs, arguments.output, arguments.metric, arguments.ledger))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
 
-def report(patterns: Sequence[str], output: Path, metrics: Sequence[str] | None = None) -> str:
-    """Writes the report on the runs below `patterns` into `output`; returns its table and notes.
+def report(
+    patterns: Sequence[str], output: Path, metrics: Sequence[str] | None = None, ledger: Path | None = None
+) -> str:
+    """Writes the report on the runs below `patterns` into `output`, and the `ledger`; returns its table and notes.
 
     ValueError if there is no finished run, or if a metric is in none of them.
     """
@@ -52,6 +56,8 @@ def report(patterns: Sequence[str], output: Path, metrics: Sequence[str] | None 
     text = "\n\n".join([markdown(rows, metrics), *notes])
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "report.csv", rows, metrics)
+    if ledger is not None:
+        ledger.write_text(ledger_of(rows), encoding="utf-8")
     pictures = [f"![{name}]({file})" for name, file in draw(rows, output, metrics)]
     (output / "report.md").write_text("\n\n".join([text, *pictures]) + "\n", encoding="utf-8")
     return text
@@ -95,6 +101,54 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     columns = [k for k in lines[0] if k not in unused]
     table = [columns, ["---"] * len(columns), *([cells[k] for k in columns] for cells in lines)]
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in table)
+
+
+def ledger_of(rows: Sequence[Row]) -> str:
+    """Every number that a paper or the protocol names, one line each, those that miss and diverge too."""
+    names = (
+        "experiment",
+        "changed",
+        "number",
+        "paper",
+        "ours",
+        "protocol",
+        "seeds",
+        "steps",
+        "device",
+        "wall time",
+        "jax",
+    )
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.runs[0].choices.get("experiment", NONE), row.name)):
+        run = row.runs[0]
+        own = {name: setting(run, name) for name in run.overrides if not name.startswith(_UNTOLD)}
+        seconds = _wall_time(row)
+        cells = {
+            "experiment": run.choices.get("experiment", NONE),
+            "changed": ", ".join(f"{name}={value}" for name, value in own.items()) or NONE,
+            **_facts(row),
+            "wall time": NONE if seconds is None else str(datetime.timedelta(seconds=round(seconds))),
+            "jax": str((run.summary.get("versions") or {}).get("jax", NONE)),
+        }
+        for metric in run.paper or _after_last_step(run.metrics):
+            told = {"number": metric, "paper": _paper(run.paper.get(metric)), "ours": _ours(measured(row, metric))}
+            lines.append([(cells | told)[name].replace("|", "/") for name in names])
+    table = [names, ["---"] * len(names), *lines]
+    head = "# Results\n\nWritten by `experiments.report --ledger`, not by hand; ± is the 95 % interval over what stands behind it.\n\n"
+    return head + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+
+
+_UNTOLD = (
+    "experiment",
+    "seed",
+    "logger",
+    "hydra",
+    "resume",
+    "task.data_dir",
+    "trainer.keep_checkpoints",
+    "trainer.log_every",
+)
+"""Overrides that change no number, or stand elsewhere."""
 
 
 def write_csv(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:

@@ -29,7 +29,9 @@ def test_labels_are_the_following_symbols_and_tasks_are_chains_of_their_own():
     np.testing.assert_array_equal(inputs[:, :, 1:], labels[:, :, :-1])
     assert set(np.unique(inputs)) <= set(range(4))
     follows = []
-    for i in range(5):  # in a task a symbol is nearly always followed by the same, in the query set by the same as in the support
+    for i in range(
+        5
+    ):  # in a task a symbol is nearly always followed by the same, in the query set by the same as in the support
         table = np.zeros((4, 4))
         for x, y in zip(np.ravel(tasks.query[0][i]), np.ravel(tasks.query[1][i]), strict=True):
             table[x, y] += 1
@@ -91,11 +93,17 @@ def test_a_prediction_sees_its_symbol_and_those_before_and_none_after():
 def test_one_block_by_hand():
     model = transformer(layers=1, heads=1)
     symbols = jnp.asarray([[3, 1, 2]])
-    p = {"/".join(map(str, k)): np.asarray(v.get_value(), np.float64) for k, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    p = {
+        "/".join(map(str, k)): np.asarray(v.get_value(), np.float64)
+        for k, v in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
 
     def norm(x, i):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p[f"norms/{i}/scale"] + p[f"norms/{i}/bias"]
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p[f"norms/{i}/scale"]
+            + p[f"norms/{i}/bias"]
+        )
 
     x = p["symbols"][[3, 1, 2]] + p["positions"][:3]
     q, k, v = np.split(norm(x, 0) @ p["attention/0/inputs/kernel"], 3, -1)

@@ -70,6 +70,30 @@ def test_mean_and_student_interval_over_three_seeds(sweep):
     assert (csv_fomaml[f"{STEP_1} ci95"], csv_fomaml[f"{STEP_1} over"]) == ("0.0123", "tasks")
 
 
+def test_the_ledger_has_a_line_for_each_number_and_those_that_diverge(sweep):
+    choices = {"algorithm": "maml", "experiment": "finn2017/omniglot"}
+    make_run(sweep / "runs/wild", 3, math.nan, None, ["task.shots=5", "logger=quiet"], choices, {"task": {"shots": 5}})
+    path = sweep / "RESULTS.md"
+    report.report([str(sweep / "runs")], sweep / "report", None, path)
+    text = path.read_text()
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    assert str(sweep) not in text
+    wild = next(row for row in rows if row["experiment"] == "finn2017/omniglot")
+    assert (wild["changed"], wild["number"], wild["seeds"], wild["paper"]) == (
+        "task.shots=5",
+        STEP_1,
+        "3",
+        "0.987 ± 0.004",
+    )
+    assert wild["ours"].startswith("nan (600 tasks)")
+    others = {row["changed"]: row for row in rows if row is not wild}
+    assert set(others) == {"–", "algorithm=fomaml"}
+    assert others["–"]["ours"] == "0.970 ± 0.025 (3 seeds)"
+    assert others["algorithm=fomaml"]["paper"] == "0.97"
+    assert (others["–"]["protocol"], others["–"]["seeds"], others["–"]["wall time"]) == ("aaaa", "0, 1, 2", "0:02:00")
+
+
 def test_columns_of_identity_and_cost(sweep):
     _, (maml, fomaml), (csv_maml, _) = made(sweep)
     assert [maml["algorithm"], fomaml["algorithm"]] == ["maml", "fomaml"]

@@ -50,7 +50,9 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if len(input_shape) != 1:
-            raise ValueError(f"input_shape={tuple(input_shape)}: a transformer takes sequences of symbols [tokens]; give task=markov")
+            raise ValueError(
+                f"input_shape={tuple(input_shape)}: a transformer takes sequences of symbols [tokens]; give task=markov"
+            )
         if width % heads:
             raise ValueError(f"width={width}, heads={heads}: give a width that is a multiple of the heads")
         how = {"kernel_init": kernel_init, "rngs": rngs}

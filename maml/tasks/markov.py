@@ -27,11 +27,18 @@ def markov(
       ValueError: for sizes below 1, fewer than two symbols, and a concentration that is not positive.
     """
     del split
-    for name, size, least in (("shots", shots, 1), ("queries", queries, 1), ("symbols", symbols, 2), ("length", length, 1)):
+    for name, size, least in (
+        ("shots", shots, 1),
+        ("queries", queries, 1),
+        ("symbols", symbols, 2),
+        ("length", length, 1),
+    ):
         if not isinstance(size, int) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name}={size!r}: give a whole number, {least} or more")
     if not concentration > 0:
-        raise ValueError(f"concentration={concentration}: give a positive number; a small one makes chains that are nearly certain")
+        raise ValueError(
+            f"concentration={concentration}: give a positive number; a small one makes chains that are nearly certain"
+        )
 
     def draw(key) -> Task:
         key_chain, key_start, key_steps = jax.random.split(key, 3)
