@@ -203,7 +203,7 @@ def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[App
 
 
 def build_module(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> nnx.Module:
-    """The model for the shapes that the sampler draws: `outputs` is the ways or symbols, or the features of regression targets."""
+    """The model for the shapes that the sampler draws: `outputs` is the ways, the symbols, or the features of targets."""
     task = jax.eval_shape(sampler, jax.random.split(root, 1))
     inputs, targets = task.query  # a support set of transitions has no targets
     outputs = next((cfg.task[name] for name in ("ways", "symbols") if name in cfg.task), targets.shape[-1])

@@ -105,19 +105,8 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 def ledger_of(rows: Sequence[Row]) -> str:
     """Every number that a paper or the protocol names, one line each, those that miss and diverge too."""
-    names = (
-        "experiment",
-        "changed",
-        "number",
-        "paper",
-        "ours",
-        "protocol",
-        "seeds",
-        "steps",
-        "device",
-        "wall time",
-        "jax",
-    )
+    names = ("experiment", "changed", "number", "paper", "ours", "protocol")
+    names += ("seeds", "steps", "device", "wall time", "jax")
     lines = []
     for row in sorted(rows, key=lambda row: (row.runs[0].choices.get("experiment", NONE), row.name)):
         run = row.runs[0]
@@ -134,20 +123,12 @@ def ledger_of(rows: Sequence[Row]) -> str:
             told = {"number": metric, "paper": _paper(run.paper.get(metric)), "ours": _ours(measured(row, metric))}
             lines.append([(cells | told)[name].replace("|", "/") for name in names])
     table = [names, ["---"] * len(names), *lines]
-    head = "# Results\n\nWritten by `experiments.report --ledger`, not by hand; ± is the 95 % interval over what stands behind it.\n\n"
-    return head + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+    head = "Written by `experiments.report --ledger`, not by hand; ± is the 95 % interval over what stands behind it."
+    return f"# Results\n\n{head}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
 
 
-_UNTOLD = (
-    "experiment",
-    "seed",
-    "logger",
-    "hydra",
-    "resume",
-    "task.data_dir",
-    "trainer.keep_checkpoints",
-    "trainer.log_every",
-)
+_UNTOLD = ("experiment", "seed", "logger", "hydra", "resume", "task.data_dir")
+_UNTOLD += ("trainer.keep_checkpoints", "trainer.log_every")
 """Overrides that change no number, or stand elsewhere."""
 
 

@@ -65,8 +65,8 @@ def mse(apply: Apply) -> Loss:
 def cross_entropy(apply: Apply) -> Loss:
     """Mean softmax cross-entropy in nats; batch = (inputs, labels), integer labels [examples], outputs [examples, classes].
 
-    Of sequences the labels are [examples, symbols] and the outputs [examples, symbols, classes]. The mean is over all of them. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours
-    (cbfinn/maml utils.py).
+    Of sequences the labels are [examples, symbols] and the outputs [examples, symbols, classes]. The mean is
+    over all of them. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours (cbfinn/maml utils.py).
     """
 
     def logits_of(params, batch):
