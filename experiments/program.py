@@ -96,7 +96,7 @@ def expanded(argument: str) -> str:
     if not found or not any(path.is_dir() for path in (CONF / found[1]).glob("*")):
         return argument
     group, pattern = found.groups()
-    if re.search(r"[][,=]", pattern):
+    if re.search(r"[,=]", pattern):  # a list, or what it leaves out
         raise ValueError(
             f"{argument}: give one pattern, such as {group}=glob(FOLDER/NAME*), or names with commas between"
         )

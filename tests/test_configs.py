@@ -142,6 +142,8 @@ def test_a_table_of_a_paper_is_one_glob():
     assert (
         expanded("experiment=glob(*/sinusoid)") == "experiment=finn2017/sinusoid,li2017/sinusoid,zintgraf2019/sinusoid"
     )
+    both = "finn2017/sinusoid_oracle,finn2017/sinusoid_pretrained"
+    assert expanded("experiment=glob(finn2017/sinusoid_[op]*)") == f"experiment={both}"
     everything = expanded("experiment=glob(*)").split("=")[1].split(",")
     assert set(everything) == set(EXPERIMENTS)
     assert "li2017/omniglot_5way_1shot" in expanded("experiment=glob(*omniglot*)")
