@@ -70,8 +70,8 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[st
             if (directory / "summary.json").exists():
                 runs.append(load(directory))
             else:
-                records = _records(directory)
-                last = f"last logged step {records[-1]['step']}" if records else "nothing logged"
+                logged = records(directory)
+                last = f"last logged step {logged[-1]['step']}" if logged else "nothing logged"
                 unfinished.append(f"{directory}: no summary.json, {last}")
         except (ValueError, OSError) as error:
             broken.append(f"{directory}: {error}")
@@ -94,8 +94,7 @@ def load(directory: Path) -> Run:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
     settings = _flat(config) | {"seed": str(seed)}
-    records = _records(directory)
-    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, records)
+    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, records(directory))
 
 
 def _measured(value: dict[str, Any]) -> Interval:
@@ -118,7 +117,8 @@ def _choices(directory: Path) -> dict[str, str]:
     return {name: str(choice) for name, choice in choices.items() if choice}
 
 
-def _records(directory: Path) -> list[dict[str, Any]]:
+def records(directory: Path) -> list[dict[str, Any]]:
+    """What a run logged; nothing where it has not begun."""
     path = directory / "metrics.jsonl"
     return read_json_lines(path) if path.exists() else []
 

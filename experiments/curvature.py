@@ -38,9 +38,6 @@ from maml.quantization import code_metrics
 from maml.random import key_for, keys_for
 from maml.types import Adapt, Loss, MetaParams, Params, Task, as_argument
 
-PSEUDO_OBJECTIVE = "maml.objectives.parameter_distance"
-"""Its gradient is an update by definition, and its value nothing that falls."""
-
 
 class Curvatures(NamedTuple):
     """Of each task [tasks, ...], and the comparison of their mean meta-gradients. `codes` [tasks, steps] of quantized kernels."""
@@ -95,8 +92,9 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
             task, key = pair
             path = adaptation_path(adapt, learner.loss, params, task.support, key)
             product, at = moved_hessian(adapt, learner.loss, params, task, key, moved, after=False)
-            taken = adapt(learner.loss, params, task.support, key).trace.params
-            codes = code_metrics(taken, *quantized) if quantized else {}
+            codes = {}
+            if quantized:
+                codes = code_metrics(adapt(learner.loss, params, task.support, key).trace.params, *quantized)
             return path, stable_step_size(product, at, lanczos_steps(settings.lanczos, at, params), key), codes
 
         def mean(objective):
@@ -191,11 +189,11 @@ def meta_spectrum(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root
     Raises:
       ValueError: for an objective that is no function of the meta-parameters but defines an update.
     """
-    if cfg.algorithm.objective["_target_"] == PSEUDO_OBJECTIVE:
+    objective = build.build_objective(build.with_derivative(cfg, "reverse"), loss)
+    if getattr(objective, "defines_update", False):
         raise ValueError(
             f"meta-objective: that of algorithm {cfg.algorithm.name} defines an update, and has no Hessian"
         )
-    objective = build.build_objective(build.with_derivative(cfg, "reverse"), loss)
     keys = keys_for(root, "diagnose/meta", 0, len(jax.tree.leaves(tasks)[0]))
 
     def mean(p):
@@ -214,7 +212,7 @@ def update_values(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root
     Raises:
       ValueError: for an algorithm whose outer loop takes no derivative of its inner one.
     """
-    if cfg.algorithm.objective["_target_"] == PSEUDO_OBJECTIVE:
+    if getattr(build.build_objective(cfg, loss), "defines_update", False):
         raise ValueError(f"update: the outer loop of algorithm {cfg.algorithm.name} differentiates no inner step")
     adapt = build.inner_loop(build.with_derivative(cfg, "reverse"))
     keys = keys_for(root, "diagnose/update", 0, len(jax.tree.leaves(tasks)[0]))

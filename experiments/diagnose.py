@@ -18,15 +18,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, curvature, diagnostics, results
-from experiments.program import on_run, write
+from experiments.collect import records
+from experiments.program import CONF, on_run, write
 from maml import plots, train
 from maml.checkpoint import Checkpoints
-from maml.loggers import read_json_lines
 from maml.random import keys_for
 from maml.types import as_argument
 
 ALLOWED = ("diagnostics.", "task.data_dir")
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def load(
@@ -52,8 +51,7 @@ def load(
     template = train.begin(learner.state, learner.step, learner.sampler)
     if not (kept := checkpoints.restore_all(template)):
         raise ValueError(f"{directory}: no checkpoint in {directory / 'checkpoints'} can be read; run it anew")
-    path = directory / "metrics.jsonl"
-    return cfg, learner, kept, list(read_json_lines(path)) if path.exists() else []
+    return cfg, learner, kept, records(directory)
 
 
 def diagnose(
@@ -123,7 +121,11 @@ def _first_order(logged: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, flo
     prefix = "diagnostics/curvature/first_order_"
     rows = [row for row in logged if f"{prefix}cosine" in row]
     return {
-        row["step"]: {name.removeprefix(prefix): x for name, x in row.items() if name.startswith(prefix)}
+        row["step"]: {
+            name.removeprefix(prefix): float("nan") if x is None else x  # JSON has no NaN
+            for name, x in row.items()
+            if name.startswith(prefix)
+        }
         for row in rows
     }
 

@@ -22,13 +22,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, results
-from experiments.program import on_run
+from experiments.collect import records
+from experiments.program import CONF, on_run
 from maml import train
 from maml.checkpoint import Checkpoints
-from maml.loggers import read_json_lines
 from maml.types import Params
 
-CONF = Path(__file__).parents[1] / "conf"
 ALLOWED = ("evaluation.", "task.data_dir")
 
 
@@ -96,8 +95,8 @@ def _steps(which: str, directory: Path, checkpoints: Checkpoints) -> list[int]:
 
 def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
     """Of the checkpoints that were validated those of the highest accuracy, or lowest loss, after the last inner step."""
-    path, kept = directory / "metrics.jsonl", set(checkpoints.steps())
-    rows = [row for row in (read_json_lines(path) if path.exists() else ()) if row["step"] in kept]
+    kept = set(checkpoints.steps())
+    rows = [row for row in records(directory) if row["step"] in kept]
     names = sorted({n for row in rows for n in row if n.startswith("meta_valid/step_")}, key=_number)
     name = next((n for kind in ("accuracy", "loss") for n in reversed(names) if n.endswith(f"/{kind}")), "none")
     scores = {row["step"]: row[name] for row in rows if row.get(name) is not None}
@@ -115,7 +114,11 @@ def _number(name: str) -> int:
 
 
 def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
-    """The numbers of a checkpoint of a run, or of several together, as in `summary.json`."""
+    """The numbers of a checkpoint of a run, or of several together, as in `summary.json`.
+
+    Raises:
+      ValueError: as `load`.
+    """
     start = time.monotonic()
     cfg, learner, found = load(directory, overrides)
     params = next(iter(found.values()))

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from omegaconf import DictConfig
 
-from experiments import build, curvature
+from experiments import build
 from experiments.program import run_program
 from maml.derivatives import reverse
 from maml.gradcheck import Gradcheck, asymmetry, frozen, meta_gradcheck
 from maml.random import key_for, keys_for
-from maml.types import Params, Task
+from maml.types import Objective, Params, Task
 
 STRAIGHT_THROUGH = "straight_through"
 """The `jax.named_scope` of quantisers: their stopped residuals are constants for the differences (`maml.gradcheck.frozen`)."""
@@ -33,30 +33,30 @@ def check(cfg: DictConfig) -> Gradcheck:
     Raises:
       ValueError: for an inner loop in bfloat16, whose roundings have no derivative, and an update that is by definition none.
     """
-    if cfg.algorithm.objective["_target_"] == curvature.PSEUDO_OBJECTIVE:
-        raise ValueError(
-            f"algorithm {cfg.algorithm.name}: parameter_distance defines an update, and is no program to be differentiated; "
-            "give an algorithm with a query loss"
-        )
     if cfg.algorithm.get("precision", "float32") == "bfloat16":
         raise ValueError(
             "algorithm.precision=bfloat16: its roundings have no derivative; give algorithm.precision=float32"
         )
     learner, sizes = build.learner(cfg), cfg.gradcheck
+    objective = build.build_objective(cfg, learner.loss)
+    if getattr(objective, "defines_update", False):
+        raise ValueError(
+            f"algorithm {cfg.algorithm.name}: parameter_distance defines an update, and is no program to be differentiated; "
+            "give an algorithm with a query loss"
+        )
     root = learner.state.key
     tasks = learner.sampler(keys_for(root, "gradcheck/tasks", 0, sizes.tasks))
     with jax.enable_x64(True):
         params, tasks = _wide((learner.state.params, tasks))
         params = _off(params, key_for(root, "gradcheck/point"))
         keys, key = keys_for(root, "gradcheck/objective", 0, sizes.tasks), key_for(root, "gradcheck/directions")
-        f = _mean_objective(cfg, learner, tasks, keys)
+        f = _mean_over(tasks, keys, objective)
         program = frozen(f, params, scope=STRAIGHT_THROUGH)
         found = meta_gradcheck(f, params, key, directions=sizes.directions, epsilon=sizes.epsilon, program=program)
         return found._replace(asymmetry=_asymmetry(cfg, learner, params, jax.tree.map(lambda x: x[0], tasks), key))
 
 
-def _mean_objective(cfg: DictConfig, learner: build.Learner, tasks: Task, keys: Any) -> Callable[[Params], jax.Array]:
-    objective = build.build_objective(cfg, learner.loss)
+def _mean_over(tasks: Task, keys: Any, objective: Objective) -> Callable[[Params], jax.Array]:
     return lambda params: jax.vmap(objective, (None, 0, 0, None))(params, tasks, keys, jnp.int32(0))[0].mean()
 
 

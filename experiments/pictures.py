@@ -9,9 +9,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from experiments import build
+from experiments.collect import records
 from maml import plots
 from maml.evaluate import Protocol
-from maml.loggers import read_json_lines
 from maml.metrics import Interval
 from maml.objectives import with_norm
 from maml.random import keys_for
@@ -38,8 +38,7 @@ def draw(
 
 def training_curves(directory: Path) -> dict[str, plots.Figure]:
     """Outer and support metrics over meta-training, from `metrics.jsonl`."""
-    path = directory / "metrics.jsonl"
-    rows = [r for r in read_json_lines(path)] if path.exists() else []
+    rows = records(directory)
     figures = {}
     for name in ("loss", "accuracy"):
         keys = [f"meta_train/support/{name}", f"meta_train/query/{name}"]

@@ -23,7 +23,7 @@ from experiments import build
 from experiments.program import run_program
 from maml import plan, train
 from maml.plan import Cost
-from maml.sharding import tasks_mesh
+from maml.sharding import tasks_each
 from maml.types import as_argument
 
 log = logging.getLogger(__name__)
@@ -80,9 +80,7 @@ def _chunks(cfg: DictConfig, auto: int) -> list[int]:
 
 
 def _tasks(cfg: DictConfig) -> int:
-    """Of a meta-step on one device."""
-    mesh = tasks_mesh(cfg.trainer.devices)
-    return cfg.trainer.meta_batch // (mesh.size if mesh else 1)
+    return tasks_each(cfg.trainer.meta_batch, cfg.trainer.devices)
 
 
 def auto_chunk(cfg: DictConfig, learner: build.Learner) -> int:

@@ -46,9 +46,8 @@ def keep_compiled() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         folder = cache_folder(None) / "xla" / digest(platform.machine(), _processor(), jax.__version__)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        if (
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ
-        ):  # a start has hundreds of programs below JAX's 1 s
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # A start has many programs below JAX's own threshold of a second.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
@@ -152,9 +151,8 @@ def complain(error: BaseException) -> None:
     text = str(error)
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         text += f": {str(error.__cause__).splitlines()[0]}"
-    if options := re.search(
-        r"Available options in '(\w+)':\s[^:]*?(?=\s*Config search path|$)", text
-    ):  # Hydra lists one folder
+    # Hydra lists the options of one folder.
+    if options := re.search(r"Available options in '(\w+)':\s[^:]*?(?=\s*Config search path|$)", text):
         text = text.replace(options[0], f"Available options in '{options[1]}': {' '.join(_names(options[1]))} ")
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
 

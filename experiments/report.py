@@ -94,9 +94,7 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
         for metric in metrics:
             cells[metric] = _ours(measured(row, metric))
             cells[f"paper: {metric}"] = _paper(paper.get(metric))
-        seconds = _wall_time(row)
-        time = NONE if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
-        lines.append(cells | {"source": row.runs[0].source} | _facts(row) | {"wall time": time})
+        lines.append(cells | {"source": row.runs[0].source} | _facts(row) | {"wall time": _time(row)})
     unused = [k for k in lines[0] if all(cells[k] == NONE for cells in lines)]
     columns = [k for k in lines[0] if k not in unused]
     table = [columns, ["---"] * len(columns), *([cells[k] for k in columns] for cells in lines)]
@@ -111,12 +109,11 @@ def ledger_of(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row.runs[0].choices.get("experiment", NONE), row.name)):
         run = row.runs[0]
         own = {name: setting(run, name) for name in run.overrides if not name.startswith(_UNTOLD)}
-        seconds = _wall_time(row)
         cells = {
             "experiment": run.choices.get("experiment", NONE),
             "changed": ", ".join(f"{name}={value}" for name, value in own.items()) or NONE,
             **_facts(row),
-            "wall time": NONE if seconds is None else str(datetime.timedelta(seconds=round(seconds))),
+            "wall time": _time(row),
             "jax": str((run.summary.get("versions") or {}).get("jax", NONE)),
         }
         for metric in run.paper or _after_last_step(run.metrics):
@@ -171,6 +168,11 @@ def _wall_time(row: Row) -> float | None:
     """The mean over the row's runs, in seconds."""
     known = [run.summary["wall_time_s"] for run in row.runs if "wall_time_s" in run.summary]
     return float(np.mean(known)) if known else None
+
+
+def _time(row: Row) -> str:
+    seconds = _wall_time(row)
+    return NONE if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _ours(value: tuple[Interval, str] | None) -> str:

@@ -1,5 +1,6 @@
 """A run directory: what identifies a run, where it was left, and the summary of what came out."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
+from experiments import build
 from experiments.program import write
 from maml.checkpoint import Checkpoints, digest
 from maml.evaluate import Protocol
@@ -58,7 +60,7 @@ def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
-    """The config that checkpoints were saved with, and keys that there were none of then at what they did.
+    """The config that checkpoints were saved with, `completed`.
 
     Raises:
       ValueError: where there are none.
@@ -67,7 +69,13 @@ def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
     if config is None:
         directory = checkpoints.directory
         raise ValueError(f"{directory.parent}: no checkpoint in {directory}; give the directory of a run")
-    return {**config, "trainer": {"devices": 1, **config["trainer"]}}
+    return completed(config)
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved config with the keys of `trainer` that an older run had not, at what it did: the schema's defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(build.Trainer) if f.default is not MISSING}
+    return {**config, "trainer": {**defaults, **config["trainer"]}}
 
 
 def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
@@ -111,7 +119,7 @@ def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
-    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (saved_config(checkpoints), cfg))
+    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (completed(checkpoints.config() or cfg), cfg))
     keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
     if keys:
         changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)

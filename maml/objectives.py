@@ -115,6 +115,8 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
     task to task (`inner_loop.carried_state`) the distance is that of all it carries.
 
     The metrics are those of `query_loss`; the query set takes no part in the update.
+
+    `objective.defines_update` says that this is no program whose derivative is meant: no Hessian, no central differences.
     """
     check_norm(norm)
 
@@ -137,6 +139,7 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
         _, metrics = loss(params, task.query, key_query)
         return value, _prefix("query", metrics) | _before(adapted)
 
+    objective.defines_update = True
     return objective
 
 

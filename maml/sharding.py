@@ -27,6 +27,19 @@ def tasks_mesh(devices: int | str) -> Mesh | None:
     return None if count == 1 else Mesh(np.asarray(there[:count]), (TASKS,))
 
 
+def tasks_each(meta_batch: int, devices: int | str) -> int:
+    """The tasks of a meta-batch for each of these devices.
+
+    Raises:
+      ValueError: as `tasks_mesh`, and for devices that do not divide the meta-batch.
+    """
+    mesh = tasks_mesh(devices)
+    count = mesh.size if mesh else 1
+    if meta_batch % count:
+        raise ValueError(f"meta_batch={meta_batch}, devices={devices!r}: give a multiple of the {count} devices")
+    return meta_batch // count
+
+
 def mean_over_devices(f: Callable, mesh: Mesh) -> Callable:
     """f(shared, *of_tasks) -> arrays that are means over tasks, with the axis of tasks of `of_tasks` spread over the mesh.
 

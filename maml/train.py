@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from maml.random import keys_for
-from maml.sharding import mean_over_devices, tasks_mesh
+from maml.sharding import mean_over_devices, tasks_each, tasks_mesh
 from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument
 
 
@@ -55,10 +55,7 @@ def meta_step(
     """
     if meta_batch < 1:
         raise ValueError(f"meta_batch={meta_batch}: give 1 task or more")
-    mesh = tasks_mesh(devices)
-    if meta_batch % (count := mesh.size if mesh else 1):
-        raise ValueError(f"meta_batch={meta_batch}, devices={devices!r}: give a multiple of the {count} devices")
-    part = meta_batch // count
+    mesh, part = tasks_mesh(devices), tasks_each(meta_batch, devices)
     check_chunk(task_chunk, part)
 
     def mean_gradient(shared: tuple[MetaState, Sampler], of_tasks: Key, of_objective: Key) -> tuple[Params, Metrics]:

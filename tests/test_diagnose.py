@@ -135,6 +135,10 @@ def test_a_damaged_checkpoint_is_left_out_of_the_report(done, tmp_path, caplog):
     assert "damaged, skipped" in caplog.text
     rows = diagnose.diagnose(cfg, learner, kept, logged)["first_order"]
     assert [row["meta_step"] for row in rows] == [2, 4]  # what was logged is there
+    null = {"step": 3, "diagnostics/curvature/first_order_cosine": None}
+    found = diagnose._first_order([*logged, null])  # JSON's NaN
+    assert np.isnan(found[3]["cosine"])
+    assert found[2]["cosine"] == rows[0]["cosine"]
     assert set(rows[0]) == {"meta_step", "cosine", "norm_ratio"}
 
 

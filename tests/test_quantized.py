@@ -266,7 +266,7 @@ def test_flips_of_codes_are_logged_for_every_inner_step(tmp_path, monkeypatch, o
     adapt, shares = build.inner_loop(cfg), []
     for i in range(2):
         path = adapt(learner.loss, state.params, jax.tree.map(lambda x, i=i: x[i], tasks.support), KEY).trace.params
-        where = "head/kernel" if "quantization.layers='^head'" in overrides else "kernel"
+        where = "head/kernel" if bits == 6 else "kernel"
         kernels = {name: x for name, x in _by_path(path).items() if name.endswith(where)}
 
         def codes(x):

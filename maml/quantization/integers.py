@@ -57,9 +57,8 @@ def integer_conv(
             raise ValueError(
                 f"{name}: codes {operand.codes.shape}, scale {shape}; give four axes with one scale for all that is summed"
             )
-    of_x, of_kernel = (
-        a.codes.astype(jnp.int32) - a.zero_point for a in (x, kernel)
-    )  # padding is 0 then, and not a code
+    # Zero points are taken out first, so that padding is 0 and not a code.
+    of_x, of_kernel = (a.codes.astype(jnp.int32) - a.zero_point for a in (x, kernel))
     height, width, _, outputs = of_kernel.shape
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(of_x.shape[1:3], (height, width), strides, padding)
