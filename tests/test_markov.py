@@ -142,5 +142,7 @@ def test_of_a_sequence_the_loss_of_an_example_is_the_mean_over_its_symbols():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"input_shape=\(28, 28, 1\): a transformer takes sequences"):
         Transformer((28, 28, 1), 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="inputs are float32: a transformer takes symbols"):
+        transformer()(jnp.zeros((2, 6)))
     with pytest.raises(ValueError, match="width=7, heads=2"):
         transformer(width=7)

@@ -35,7 +35,7 @@ class Transformer(nnx.Module):
       kernel_init: initialiser of every kernel; embeddings of symbols and positions are normal with deviation 0.02 of their own.
 
     Raises:
-      ValueError: for inputs that are no sequences, and a width that the heads do not divide.
+      ValueError: for inputs that are no sequences of whole numbers, and a width that the heads do not divide.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class Transformer(nnx.Module):
 
     def features(self, inputs):
         """What the head sees, [batch, tokens, width]."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"inputs are {inputs.dtype}: a transformer takes symbols, whole numbers; give task=markov")
         x = self.symbols[...][inputs] + self.positions[: inputs.shape[1]][None]
         for i, (attention, inner, outer) in enumerate(zip(self.attention, self.inner, self.outer, strict=True)):
             x = x + attention(self.norms[2 * i](x))
