@@ -26,7 +26,7 @@ _IMMATERIAL += ("trainer.validate_every", "trainer.validation_tasks")
 
 
 class Run(NamedTuple):
-    """A finished run."""
+    """A finished run, or what `experiments.evaluate` made of one."""
 
     directory: Path
     summary: dict[str, Any]
@@ -63,37 +63,54 @@ def find(patterns: Iterable[str]) -> list[Path]:
 
 
 def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:
-    """The finished runs, and a line for each unfinished and for each broken one."""
+    """The finished runs and all evaluations, and a line for each unfinished and for each broken one."""
     runs, unfinished, broken = [], [], []
     for directory in directories:
         try:
+            run = None
             if (directory / "summary.json").exists():
-                runs.append(load(directory))
+                runs.append(run := load(directory))
             else:
                 logged = records(directory)
                 last = f"last logged step {logged[-1]['step']}" if logged else "nothing logged"
                 unfinished.append(f"{directory}: no summary.json, {last}")
+            runs += _evaluations(directory, run)
         except (ValueError, OSError) as error:
             broken.append(f"{directory}: {error}")
     return runs, unfinished, broken
 
 
-def load(directory: Path) -> Run:
-    """Reads a run; ValueError, with the file, or OSError if it is broken."""
+def _evaluations(directory: Path, run: Run | None) -> list[Run]:
+    """What `experiments.evaluate` left; not what only repeats the run. Wall time and device are those of the training."""
+    found = []
+    for path in sorted((directory / "evaluations").glob("*.json")):
+        one = load(directory, f"evaluations/{path.name}")
+        if run is not None and path.stem == run.summary.get("protocol_hash"):
+            continue
+        of_training = {k: v for k, v in (run.summary if run else {}).items() if k in ("device", "wall_time_s")}
+        own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
+        found.append(one._replace(summary=own | of_training, records=[]))
+    return found
+
+
+def load(directory: Path, at: str = "summary.json") -> Run:
+    """Reads a run, or one of its evaluations; ValueError, with the file, or OSError if it is broken."""
     try:
-        at = "summary.json"
         summary = json.loads((directory / at).read_text(encoding="utf-8"))
         metrics = {name: _measured(value) for name, value in summary["metrics"].items()}
         seed = summary["seed"]
         at = ".hydra"
         config = summary.get("config") or _yaml(directory / ".hydra/config.yaml")
         choices, overrides = _choices(directory), _overrides(directory)
+        given = dict(text.split("=", 1) for text in summary.get("overrides", ()))  # those of an evaluation
         at = "the node `paper` of the config"
         source, paper = _paper_figures(config, choices, summary.get("protocol") or {})
     except _ERRORS as error:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
-    settings = _flat(config) | {"seed": str(seed)}
+    choices |= {name: value for name, value in given.items() if name == "evaluation"}
+    settings = _flat(config) | {"seed": str(seed)} | {k: v for k, v in given.items() if k == "checkpoints"}
+    overrides += [name for name in given if name not in overrides]
     return Run(directory, summary, metrics, settings, choices, overrides, source, paper, records(directory))
 
 
@@ -171,12 +188,20 @@ def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
     """
     groups, repeated = {}, []
     for run in runs:
-        key = json.dumps([material(run), run.summary.get("protocol_hash")], sort_keys=True)
+        key = json.dumps([material(run), _protocol(run)], sort_keys=True)
         same = groups.setdefault(key, {})
         if run.settings["seed"] in same:
             repeated.append(str(same[run.settings["seed"]].directory))
         same[run.settings["seed"]] = run
     return _rows([list(same.values()) for same in groups.values()]), repeated
+
+
+def _protocol(run: Run) -> Any:
+    """What two runs of a row have in common: `checkpoints=best5` are others of each seed."""
+    protocol = run.summary.get("protocol") or {}
+    if "ensemble" in protocol and "checkpoints" in run.settings:
+        return {**protocol, "ensemble": run.settings["checkpoints"]}
+    return run.summary.get("protocol_hash")
 
 
 def _rows(groups: Sequence[list[Run]]) -> list[Row]:

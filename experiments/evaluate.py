@@ -129,7 +129,8 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
     protocol, measure = build.evaluation(cfg, learner, ensemble=ensemble)
     metrics = measure(params)
     summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
-    return summary | {"step": max(found)}
+    given = [override for override in overrides if not override.startswith("task.data_dir")]
+    return summary | {"step": max(found), "overrides": given}
 
 
 def written(directory: Path, overrides: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
     python -m experiments.report outputs/2026-11-22/10-00-00 multirun/2026-11-22/sweep
 
 Runs that differ in nothing but the seed make one row, beside the paper's figure where the
-experiment names one. Writes report.md, report.csv and the curves as PNG; prints the table.
+experiment names one; what `experiments.evaluate` left in a run's directory makes rows of its own. Writes report.md, report.csv and the curves as PNG; prints the table.
 With --ledger FILE also a table of one line for each number, of experiments of any kind: RESULTS.md.
 """
 
@@ -152,7 +152,7 @@ def _facts(row: Row) -> dict[str, str]:
         return ", ".join(dict.fromkeys(str(value) for value in values))
 
     return {
-        "protocol": str(row.runs[0].summary.get("protocol_hash", NONE)),
+        "protocol": of_all(run.summary.get("protocol_hash", NONE) for run in row.runs),
         "seeds": of_all(run.summary["seed"] for run in row.runs),
         "steps": of_all(_steps(run) for run in row.runs),
         "device": of_all(run.summary.get("device", NONE) for run in row.runs),
@@ -160,8 +160,9 @@ def _facts(row: Row) -> dict[str, str]:
 
 
 def _steps(run: Run) -> Any:
+    """Those of an evaluation's checkpoint, else of the training."""
     logged = run.records[-1]["step"] if run.records else NONE
-    return run.settings.get("trainer.steps", logged)
+    return run.summary.get("step", run.settings.get("trainer.steps", logged))
 
 
 def _wall_time(row: Row) -> float | None:

@@ -235,6 +235,48 @@ def test_broken_runs_are_named(sweep, file, content, named):
     assert named in line
 
 
+def evaluated(run, overrides, accuracy, step=200, **protocol):
+    """What `experiments.evaluate` leaves in a run's directory."""
+    protocol = PROTOCOL["protocol"] | protocol
+    digest = PROTOCOL["protocol_hash"] if protocol == PROTOCOL["protocol"] else f"{len(str(protocol))}-{step}"
+    summary = {"metrics": {STEP_1: {"mean": accuracy, "ci95": 0.01, "n": 6000}}, "seed": int(run.name[-1]), "step": step}
+    summary |= {"protocol": protocol, "protocol_hash": digest, "overrides": overrides, "wall_time_s": 1.0, "device": "2 × gpu"}
+    (run / "evaluations").mkdir(exist_ok=True)
+    (run / f"evaluations/{digest}.json").write_text(json.dumps(summary))
+
+
+def test_evaluations_make_rows_of_their_own(sweep):
+    for seed, accuracy in enumerate((0.5, 0.7, 0.6)):
+        run = sweep / f"runs/maml{seed}"
+        evaluated(run, ["evaluation=strict", "evaluation.tasks=6000"], accuracy, tasks=6000)
+        evaluated(run, [], 0.1)  # the run's own protocol again: no second value
+        best = f"mean outputs of meta-steps {seed}, 200"
+        evaluated(run, ["checkpoints=best2"], 0.99 + accuracy / 100, step=200 + seed, ensemble=best)
+    text, rows, lines = made(sweep)
+    maml, strict, best, _ = rows
+    assert maml[STEP_1] == "0.970 ± 0.025 (3 seeds)"
+    assert strict[STEP_1] == "0.60 ± 0.25 (3 seeds)"  # mean and 4.303·0.1/√3 by hand
+    assert best[STEP_1] == "0.9960 ± 0.0025 (3 seeds)"
+    assert [row["evaluation"] for row in rows] == ["–", "strict", "–", "–"]
+    assert [row["checkpoints"] for row in rows] == ["–", "–", "best2", "–"]
+    assert strict["wall time"] == maml["wall time"] == "0:02:00"  # of the training, not of the evaluation
+    assert strict["device"] == "1 × cpu"
+    assert best["steps"] == "200, 201, 202"
+    assert len(best["protocol"].split(", ")) == 3
+    assert lines[1][f"{STEP_1} over"] == "seeds"
+    assert "- tasks: 600 (aaaa), 6000" in text
+
+
+def test_an_unfinished_run_that_was_evaluated_has_a_row(tmp_path):
+    make_run(tmp_path / "runs/0")
+    (tmp_path / "runs/0/summary.json").unlink()
+    evaluated(tmp_path / "runs/0", [], 0.75, step=150, queries=1)
+    text, (row,), _ = made(tmp_path)
+    assert (row[STEP_1], row["steps"]) == ("0.750 ± 0.010 (6000 tasks)", "150")
+    assert "wall time" not in row
+    assert "Unfinished" in text
+
+
 def test_globs_and_runs_given_twice(sweep):
     runs = sweep / "runs"
     _, rows, _ = made(sweep, runs / "maml*", runs / "maml0", runs / "maml0/summary.json")
