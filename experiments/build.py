@@ -18,7 +18,7 @@ from maml.evaluate import Evaluator, Protocol, check_sizes, ensemble_adapt, ense
 from maml.inner_loop import with_prototypes
 from maml.models import functional
 from maml.random import key_for
-from maml.types import Adapt, Apply, Loss, Objective, Params, Sampler, as_argument, initial
+from maml.types import Adapt, Apply, Loss, Objective, Padded, Params, Sampler, as_argument, initial
 
 
 @dataclass
@@ -206,6 +206,7 @@ def build_module(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> nnx.Modu
     """The model for the shapes that the sampler draws: `outputs` is the ways, the symbols, or the features of targets."""
     task = jax.eval_shape(sampler, jax.random.split(root, 1))
     inputs, targets = task.query  # a support set of transitions has no targets
+    inputs = inputs.inputs if isinstance(inputs, Padded) else inputs
     outputs = next((cfg.task[name] for name in ("ways", "symbols") if name in cfg.task), targets.shape[-1])
     factory = instantiate(cfg.model, _convert_="all")
     rngs = nnx.Rngs(params=key_for(root, "init"))
@@ -280,7 +281,8 @@ def evaluation(
     """
     protocol, params = build_protocol(cfg, **changes, ensemble=ensemble), learner.state.params
     adapt, ways = build_adapt(cfg, protocol), cfg.task.get("ways")
-    if protocol.ways != ways and not getattr(adapt, "fewer_ways", False):
+    fewer = getattr(adapt, "fewer_ways", False) or cfg.task.get("least_ways") is not None
+    if protocol.ways != ways and not fewer:
         raise ValueError(f"evaluation.ways={protocol.ways}: training has task.ways={ways}; make them equal")
     sampler = protocol_sampler(cfg, protocol)
     check_sizes(params, sampler, learner.loss, adapt, protocol)

@@ -33,7 +33,7 @@ from maml.per_example import (
     weighted,
 )
 from maml.random import keys_for
-from maml.types import Params, Task, as_argument
+from maml.types import Params, Task, as_argument, padded
 
 Callback = Callable[[train.Progress], None]
 
@@ -105,7 +105,8 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Seen]:
         found = statistics(gradients)
         layers = {name: (found.layer_norms[name].mean(), found.gsnr[name]) for name in found.gsnr}
         queries = None
-        if hasattr(learner.loss, "per_example") and getattr(learner.loss, "is_gradient", True):
+        of_examples = hasattr(learner.loss, "per_example") and not padded(tasks)
+        if of_examples and getattr(learner.loss, "is_gradient", True):
             queries = _queries(cfg, learner, params, tasks, keys, step)
         return Seen(tasks, losses, found.norms, found.cosines, found.noise, coherence(gradients), layers, queries)
 

@@ -15,7 +15,7 @@ from maml.evaluate import Protocol
 from maml.metrics import Interval
 from maml.objectives import with_norm
 from maml.random import keys_for
-from maml.types import Params, Transitions
+from maml.types import Params, Transitions, padded
 
 
 def draw(
@@ -29,6 +29,8 @@ def draw(
     figures = {f"step_{name}": _step_curve(name, metrics, protocol) for name in _names(metrics)}
     task = jax.eval_shape(build.protocol_sampler(cfg, protocol), jax.random.split(jax.random.key(0), 1))
     inputs, regression = task.query[0], not isinstance(task.support, Transitions)
+    if padded(task):
+        return figures
     if protocol.ways and inputs.ndim == 5:  # [tasks, examples, height, width, channels]
         figures |= _episode(cfg, learner, params, protocol)
     elif not protocol.ways and inputs.ndim == 3 and regression:  # [tasks, points, features]

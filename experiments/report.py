@@ -3,7 +3,8 @@
     python -m experiments.report outputs/2026-11-22/10-00-00 multirun/2026-11-22/sweep
 
 Runs that differ in nothing but the seed make one row, beside the paper's figure where the
-experiment names one; what `experiments.evaluate` left in a run's directory makes rows of its own. Writes report.md, report.csv and the curves as PNG; prints the table.
+experiment names one; what `experiments.evaluate` left in a run's directory makes rows of its own.
+Writes report.md, report.csv and the curves as PNG; prints the table.
 With --ledger FILE also a table of one line for each number, of experiments of any kind: RESULTS.md.
 """
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from maml.types import Apply, Batch, Conditioned, Joint, Key, Loss, Metrics, Params, Transitions, leaf_name
+from maml.types import Apply, Batch, Conditioned, Joint, Key, Loss, Metrics, Padded, Params, Transitions, leaf_name
 
 
 def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
@@ -67,6 +67,7 @@ def cross_entropy(apply: Apply) -> Loss:
 
     Of sequences the labels are [examples, symbols] and the outputs [examples, symbols, classes]. The mean is
     over all of them. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours (cbfinn/maml utils.py).
+    Of `Padded` inputs the mean is over those that are present, and outputs from their `ways` on are no classes.
     """
 
     def logits_of(params, batch):
@@ -74,18 +75,29 @@ def cross_entropy(apply: Apply) -> Loss:
         logits = _forward(apply, params, inputs)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
+        if isinstance(inputs, Padded):
+            logits = jnp.where(jnp.arange(logits.shape[-1])[None] < inputs.ways[:, None], logits, -jnp.inf)
         return logits
+
+    def each(params, batch):
+        """Losses, and whether the prediction is right, [examples, ...]: their means are those over what is present."""
+        logits, (inputs, labels) = logits_of(params, batch), batch
+        right = jnp.argmax(logits, -1) == labels
+        if not isinstance(inputs, Padded):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels), right
+        values = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        weight = inputs.present * (labels.size / jnp.maximum(jnp.sum(inputs.present), 1)).astype(values.dtype)
+        return weight * values, weight * right
 
     def loss(params, batch, key):
         del key
-        logits, labels = logits_of(params, batch), batch[1]
-        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-        return value, {"loss": value, "accuracy": jax.lax.stop_gradient(accuracy)}
+        values, right = each(params, batch)
+        value = jnp.mean(values)
+        return value, {"loss": value, "accuracy": jax.lax.stop_gradient(jnp.mean(right))}
 
     def per_example(params, batch, key):
         del key
-        values = optax.softmax_cross_entropy_with_integer_labels(logits_of(params, batch), batch[1])
+        values = each(params, batch)[0]
         return values.reshape(len(values), -1).mean(1)  # of a sequence the mean over its symbols
 
     return _with_examples(loss, per_example, apply)

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from optax.microbatching import AccumulationType, micro_grad
 
-from maml.types import Batch, Key, Loss, Objective, Params, Task, leaf_name
+from maml.types import Batch, Key, Loss, Objective, Params, Task, leaf_name, padded
 
 LOG_NORM_BINS = np.linspace(-8.0, 4.0, 25)
 """Edges of histograms of log10 of gradient norms: fixed, so that those of different steps and runs can be compared."""
@@ -64,7 +64,7 @@ def _jacobian(loss: Any, params: Params, batch: Batch, key: Key, microbatch: int
             "problems do: set the attribute, or way='vmap' where no example depends on another"
         )
     losses, pull = jax.vjp(lambda p: loss.per_example(p, batch, key), params)
-    basis = jnp.eye(len(losses), dtype=losses.dtype)
+    basis = jnp.eye(_count(batch), dtype=losses.dtype)
     return losses, lax.map(lambda e: pull(e)[0], basis, batch_size=microbatch or len(losses))
 
 
@@ -93,6 +93,11 @@ def _alone(loss: Loss, batch: Batch, microbatch: int | None, **options: Any) -> 
 
 
 def _count(batch: Batch) -> int:
+    if padded(batch):
+        raise ValueError(
+            "batch: inputs are Padded, and absent examples would count as gradients of zero: draw tasks of one size, without "
+            "least_ways"
+        )
     return len(jax.tree.leaves(batch)[0])
 
 

@@ -43,6 +43,24 @@ class Transitions(NamedTuple):
     discount_t: PyTree = None
 
 
+class Padded(NamedTuple):
+    """Inputs filled up to a fixed size, so that tasks of different ways and shots have one shape: `tasks.varied_episodes`.
+
+    `inputs` [batch, ...]; `present` [batch] bool: which of them there are; `ways` [batch] int32: the classes of their task. An
+    `apply` from `maml.models.functional` keeps the absent ones out of batch norm, and `losses.cross_entropy` out of its means,
+    where it knows no class from `ways` on. The labels of absent ones are -1.
+    """
+
+    inputs: Array
+    present: Array
+    ways: Array
+
+
+def padded(batch: Batch) -> bool:
+    """Whether a part of a batch is `Padded`."""
+    return any(isinstance(x, Padded) for x in jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Padded)))
+
+
 class Trace(NamedTuple):
     """What happened in the inner loop of k steps.
 

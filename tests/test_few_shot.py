@@ -27,6 +27,7 @@ COUNTS = {
     "cub": (140, 30, 30),
     "flowers": (71, 15, 16),
     "dtd": (33, 7, 7),
+    "quickdraw": (241, 52, 52),
 }
 DATA = {  # what TFDS calls them, their version there, and the parts that it has
     "cifar_fs": ("cifar100", "3.0.2", ("train", "test")),
@@ -34,6 +35,7 @@ DATA = {  # what TFDS calls them, their version there, and the parts that it has
     "cub": ("caltech_birds2011", "0.2.0", ("train", "test")),
     "flowers": ("oxford_flowers102", "2.1.1", ("train", "validation", "test")),
     "dtd": ("dtd", "3.0.1", ("train", "validation", "test")),
+    "quickdraw": ("quickdraw_bitmap", "3.0.0", ("train",)),
 }
 KEYS = jax.random.split(jax.random.key(0), 100)
 draw = jax.jit(lambda sampler, keys: sampler(keys))
@@ -105,7 +107,7 @@ def test_committed_lists_have_the_published_counts_and_no_class_twice(name):
     assert digest(split) == SHA256[name]
 
 
-@pytest.mark.parametrize("name", ["cub", "flowers", "dtd"])
+@pytest.mark.parametrize("name", ["cub", "flowers", "dtd", "quickdraw"])
 def test_committed_lists_split_the_classes_that_tfds_names(tfds, tmp_path, name):
     label = tfds.builder(DATA[name][0], data_dir=tmp_path).info.features["label"]
     assert set(sum(read_split(name), ())) == set(label.names)
@@ -161,7 +163,7 @@ def factory(name, **changes):
     return functools.partial(get_method(node.pop("_target_")), **node)
 
 
-@pytest.mark.parametrize("name", twins(("fc100",), COUNTS))
+@pytest.mark.parametrize("name", twins(("fc100",), set(COUNTS) - {"quickdraw"}))
 def test_every_configuration_draws_from_the_classes_of_its_split(tfds, tmp_path, name):
     """The whole path, from the prepared records: labels in class order, classes of the split, images of all parts."""
     make = factory(name, data_dir=stand_in(tfds, tmp_path, name), shots=1, queries=2)
@@ -183,6 +185,29 @@ def test_every_configuration_draws_from_the_classes_of_its_split(tfds, tmp_path,
         assert drawn <= set(classes_of(name, split))
         assert len(drawn) > 0.9 * classes
         assert set(green.ravel()) == set(range(len(DATA[name][2])))
+
+
+def test_quickdraw_reads_a_share_of_its_only_part(tfds, tmp_path):
+    features = tfds.builder("quickdraw_bitmap", data_dir=tmp_path / "none").info.features
+    order = features["label"].names
+
+    def example(label, number):
+        pixels = np.zeros((28, 28), np.uint8)
+        pixels[0, :3] = label % 256, label // 256, number
+        return {"image": encoded(pixels), "label": label}
+
+    examples = {"train": [example(c, n) for n in range(200) for c in range(0, 345, 3)]}
+    (tmp_path / "some.txt").write_text("[meta_train]\n" + "\n".join(order[c] for c in range(0, 345, 3)) + "\n")
+    root = write(tmp_path, "quickdraw_bitmap", "3.0.0", features, examples)
+    make = factory("quickdraw", data_dir=root, class_split=str(tmp_path / "some.txt"), queries=1, ways=20)
+    sampler = make()
+    assert sampler.args[0].counts.tolist() == [2] * 115  # a hundredth of 200
+    support, query = (np.round(255 * np.asarray(b[0])).astype(int)[..., 0] for b in draw(sampler, KEYS))
+    assert support.shape == (100, 20, 28, 28)
+    words = support[..., 0, 0] + 256 * support[..., 0, 1]
+    assert set(words.ravel()) == set(range(0, 345, 3))
+    np.testing.assert_array_equal(words, query[..., 0, 0] + 256 * query[..., 0, 1])
+    assert (support[..., 0, 2] + query[..., 0, 2] == 1).all()  # the first two of each word, each once
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])

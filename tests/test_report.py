@@ -239,8 +239,18 @@ def evaluated(run, overrides, accuracy, step=200, **protocol):
     """What `experiments.evaluate` leaves in a run's directory."""
     protocol = PROTOCOL["protocol"] | protocol
     digest = PROTOCOL["protocol_hash"] if protocol == PROTOCOL["protocol"] else f"{len(str(protocol))}-{step}"
-    summary = {"metrics": {STEP_1: {"mean": accuracy, "ci95": 0.01, "n": 6000}}, "seed": int(run.name[-1]), "step": step}
-    summary |= {"protocol": protocol, "protocol_hash": digest, "overrides": overrides, "wall_time_s": 1.0, "device": "2 × gpu"}
+    summary = {
+        "metrics": {STEP_1: {"mean": accuracy, "ci95": 0.01, "n": 6000}},
+        "seed": int(run.name[-1]),
+        "step": step,
+    }
+    summary |= {
+        "protocol": protocol,
+        "protocol_hash": digest,
+        "overrides": overrides,
+        "wall_time_s": 1.0,
+        "device": "2 × gpu",
+    }
     (run / "evaluations").mkdir(exist_ok=True)
     (run / f"evaluations/{digest}.json").write_text(json.dumps(summary))
 

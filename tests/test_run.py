@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from experiments import build, evaluate, pictures, run
+from experiments import build, evaluate, pictures, reuse, run
 from experiments.evaluate import evaluate_run
 from maml import train
 from maml.checkpoint import Checkpoints, digest
@@ -243,6 +243,32 @@ def classifier(tmp_path_factory):
     (root / "run").mkdir()
     run.run(config(*overrides), root / "run")
     return root / "run"
+
+
+def test_tasks_of_varied_ways_and_shots(classifier, tmp_path):
+    """Trained, looked into and evaluated again under fixed sizes; what compares examples says that it does not take them."""
+    images = classifier.parent / "images"
+    overrides = [
+        *("task=image_folder", f"task.data_dir={images}", "task.image_size=8", "task.channels=1", "model.hidden=[8]"),
+        *(
+            "task.ways=3",
+            "task.shots=4",
+            "task.queries=2",
+            "task.least_ways=2",
+            f"+task.cache_dir={tmp_path / 'cache'}",
+        ),
+        *("model=mlp_batch_norm", "evaluation=finn2017", "debug=short", "trainer.meta_batch=2", "evaluation.steps=1"),
+        *("evaluation.tasks=5", "algorithm.step_size=0.5", "diagnostics.per_example.every=2"),
+    ]
+    found = run.run(config(*overrides), tmp_path)
+    assert "least_ways=2" in found["protocol"]["task"]
+    assert not any("/query/" in name for row in rows(tmp_path) for name in row if name.startswith("diagnostics"))
+    sizes = ["evaluation.ways=2", "evaluation.shots=1", "evaluation.queries=3"]
+    again = evaluate.evaluate_run(tmp_path, sizes)
+    assert (again["protocol"]["ways"], again["protocol"]["shots"]) == (2, 1)
+    assert 0 <= again["metrics"]["meta_test/step_1/accuracy"]["mean"] <= 1
+    with pytest.raises(ValueError, match="task.least_ways=2: layers are compared on tasks of one size"):
+        reuse.written(tmp_path, [])
 
 
 def test_a_classifier_leaves_accuracies_and_pictures(classifier):

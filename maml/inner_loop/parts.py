@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial
+from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded
 
 
 def only(where: Any, adapt: Adapt) -> Adapt:
@@ -131,6 +131,10 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
             return adapt(loss, params, support, key)
         if getattr(loss, "indexed", False):
             raise ValueError("minibatches: put it outside of per_step")
+        if padded(support):
+            raise ValueError(
+                "minibatches: inputs are Padded, and absent examples would fill them: draw tasks of one size"
+            )
 
         def part(indexed: Indexed):
             position = indexed.step * size + jnp.arange(size)

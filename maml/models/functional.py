@@ -1,6 +1,8 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from maml.types import Apply, Conditioned, Joint, Params
+from maml.types import Apply, Conditioned, Joint, Padded, Params
 
 
 def functional(model: nnx.Module) -> tuple[Apply, Params]:
@@ -17,7 +19,7 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     Batch norm is transductive where `params` are plain: the statistics are those of the inputs at hand, and no running
     average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
     every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit; with
-    `Joint` in one batch with the reference inputs.
+    `Joint` in one batch with the reference inputs. Of `Padded` inputs batch norm takes those that are present.
     The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm. Its method `features`, if any,
     is `apply.features(params, inputs)`: what its head sees.
 
@@ -51,23 +53,58 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
     def apply(params, inputs):
         state = _fresh(rest, params)
         if not isinstance(params, Conditioned | Joint):
-            return call(nnx.merge(graphdef, params, state), inputs)
+            return _on_present(call, nnx.merge(graphdef, params, state), inputs)
         model, reference = nnx.merge(graphdef, params.params, state), params.reference
         if isinstance(params, Conditioned):
-            model(reference)
+            _on_present(lambda model, inputs: model(inputs), model, reference)
             model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
         settled, state = nnx.split(model)
 
         def alone(x):
-            x = x[None] if isinstance(params, Conditioned) else jnp.concatenate([reference, x[None]])
+            x = jax.tree.map(lambda leaf: leaf[None], x)
+            if isinstance(params, Joint):
+                x = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), reference, x)
             here = jax.tree.map(lambda s: s, state)  # variables of this trace: batch norm writes to them
-            return jax.tree.map(lambda y: y[-1], call(nnx.merge(settled, here), x))
+            return jax.tree.map(lambda y: y[-1], _on_present(call, nnx.merge(settled, here), x))
 
         return lax.map(alone, inputs)
 
     apply.takes_conditioned = True
     apply.batch_statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_graph(model))
     return apply, params
+
+
+def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any) -> Any:
+    """call(model, inputs), whose batch norm takes only the present ones of `Padded` inputs."""
+    if not isinstance(inputs, Padded):
+        return call(model, inputs)
+    with _seen_by_norms(model, inputs.present):
+        return call(model, inputs.inputs)
+
+
+@contextmanager
+def _seen_by_norms(model: nnx.Module, present: jax.Array) -> Iterator[None]:
+    """Inside, the statistics of every batch norm are those of the examples that are present [batch]."""
+    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]
+    kinds = [type(norm) for norm in norms]
+    for norm, kind in zip(norms, kinds, strict=True):
+        object.__setattr__(norm, "__class__", _masked(kind))
+        vars(norm)["_present"] = present
+    yield
+    for norm, kind in zip(norms, kinds, strict=True):
+        del vars(norm)["_present"]
+        object.__setattr__(norm, "__class__", kind)
+
+
+@functools.cache
+def _masked(kind: type) -> type:
+    """The batch norm, with a mask on examples. One for each kind: NNX registers every class for good."""
+
+    def call(self, x, *args, **kwargs):
+        mask = vars(self)["_present"].reshape(-1, *[1] * (x.ndim - 1))
+        return kind.__call__(self, x, *args, mask=mask, **kwargs)
+
+    return type(kind)(kind.__name__, (kind,), {"__call__": call})
 
 
 def _fresh(state: Params, params: Params) -> Params:

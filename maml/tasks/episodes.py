@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from maml.types import Key, Sampler, Task
+from maml.types import Key, Padded, Sampler, Task
 
 
 class ClassImages(NamedTuple):
@@ -27,6 +27,7 @@ def episodes(
     *,
     rotations: str = "none",
     invert: bool = False,
+    least_ways: int | None = None,
 ) -> Sampler:
     """Tasks of `ways` classes with `shots` support and `queries` query examples each.
 
@@ -40,24 +41,66 @@ def episodes(
     class by class; targets int32 [tasks, ways·shots]; likewise ways·queries for the query set. The
     data are an argument of the sampler (a `Partial`), not a constant of the program.
 
+    With `least_ways` tasks vary in ways and shots as those of Meta-Dataset do (Triantafillou et al.
+    2020, arXiv 1903.03096, section 3.2): `least_ways` to `ways` classes, equally likely, and 1 to
+    `shots` support examples of each, often imbalanced (`varied_shots`); of each `queries` query
+    examples. Inputs are then `Padded` to the shapes above, and the labels of what is absent -1. A
+    class needs queries + 1 examples only. (Its hierarchies of classes are left out.)
+
     Raises:
       ValueError: for sizes below 1 or larger than the data, or rotations of images that are not
         square.
     """
-    _check_sizes(data, ways=ways, shots=shots, queries=queries)
+    least = shots if least_ways is None else 1
+    _check_sizes(data, ways=ways, shots=least, queries=queries)
     _check_rotations(data, rotations)
+    _check_varied(least_ways, ways, shots)
 
     def task(data: ClassImages, key: Key) -> Task:
         key_images, key_turns = jax.random.split(key)
-        images = data.images[_draw(data, ways, shots + queries, key_images)]
+        chosen, places = _draw(data, ways, shots + queries, key_images)
+        images = data.images[places]
         if rotations == "per_class":
             images = _turn(images, jax.random.randint(key_turns, (ways,), 0, 4, jnp.int32))
-        return Task(_batch(images[:, :shots], invert), _batch(images[:, shots:], invert))
+        if least_ways is None:
+            return Task(_batch(images[:, :shots], invert), _batch(images[:, shots:], invert))
+        key_ways, key_shots = jax.random.split(jax.random.fold_in(key, 1))
+        drawn = jax.random.randint(key_ways, (), least_ways, ways + 1, jnp.int32)
+        of_each = varied_shots(data.counts[chosen], jnp.arange(ways) < drawn, shots, queries, key_shots)
+        query, support = images[:, :queries], images[:, queries:]  # a small class has its queries first
+        return Task(
+            _padded(_batch(support, invert), jnp.arange(shots)[None] < of_each[:, None], drawn),
+            _padded(_batch(query, invert), jnp.tile(of_each[:, None] > 0, queries), drawn),
+        )
 
     def draw(data: ClassImages, keys: Key) -> Task:
         return jax.vmap(task, (None, 0))(data, keys)
 
     return jax.tree_util.Partial(draw, ClassImages(*(jnp.asarray(x) for x in data)))
+
+
+MOST_SUPPORT = 500
+"""Support examples of a task of varied shots, all classes together, at most: Meta-Dataset's."""
+
+
+def varied_shots(
+    counts: Int[Array, " ways"], exists: Bool[Array, " ways"], shots: int, queries: int, key: Key
+) -> Int[Array, " ways"]:
+    """The support examples of each class in a task of Meta-Dataset (arXiv 1903.03096, section 3.2); 0 where there is no class.
+
+    With nₖ the examples of class k beside its queries, at most `shots`, and β uniform in (0, 1] the support set has
+    S = min(Σₖ ⌈β nₖ⌉, 500) examples. Each class has one, and of the others a share in proportion to its size times exp(αₖ), αₖ
+    uniform between log ½ and log 2, rounded down and at most nₖ. (There nₖ has its own limit, 100, in the first place only.)
+    """
+    key_total, key_shares = jax.random.split(key)
+    room = jnp.where(exists, jnp.minimum(shots, counts - queries), 0)
+    beta = jax.random.uniform(key_total, dtype=jnp.float32)
+    total = jnp.minimum(jnp.sum(jnp.where(exists, jnp.floor(beta * room) + 1, 0)), MOST_SUPPORT)
+    log_two = np.float32(np.log(2))
+    spread = jax.random.uniform(key_shares, counts.shape, jnp.float32, -log_two, log_two)
+    share = jnp.where(exists, counts * jnp.exp(spread), 0)
+    wanted = jnp.floor(share / jnp.sum(share) * (total - jnp.sum(exists))).astype(jnp.int32) + 1
+    return jnp.minimum(wanted, room)
 
 
 def group(
@@ -94,14 +137,19 @@ def rotated_classes(data: ClassImages) -> ClassImages:
     return group(np.concatenate(turned), np.concatenate([labels + k for k in range(4)]), 4 * len(data.counts))
 
 
-def _draw(data: ClassImages, ways: int, examples: int, key: Key) -> Int[Array, "ways examples"]:
-    """Places in `data.images` of `examples` distinct images of each of `ways` distinct classes."""
+def _draw(
+    data: ClassImages, ways: int, examples: int, key: Key
+) -> tuple[Int[Array, " ways"], Int[Array, "ways examples"]]:
+    """Distinct classes, and the places in `data.images` of `examples` distinct images of each.
+
+    Of a class that has fewer the first ones are distinct and its own, and the others are not.
+    """
     key_classes, key_examples = jax.random.split(key)
     left = data.starts.shape[0] - jnp.arange(ways)
     chosen = distinct(jax.random.randint(key_classes, (ways,), 0, left, jnp.int32))
-    left = data.counts[chosen][:, None] - jnp.arange(examples)[None]
+    left = jnp.maximum(data.counts[chosen][:, None] - jnp.arange(examples)[None], 1)
     offsets = jax.random.randint(key_examples, (ways, examples), 0, left, jnp.int32)
-    return data.starts[chosen][:, None] + jax.vmap(distinct)(offsets)
+    return chosen, data.starts[chosen][:, None] + jax.vmap(distinct)(offsets)
 
 
 def distinct(offsets: Int[Array, " draws"]) -> Int[Array, " draws"]:
@@ -145,10 +193,28 @@ def _batch(
     return pixels.astype(jnp.float32) / 255, jnp.repeat(jnp.arange(ways, dtype=jnp.int32), examples)
 
 
+def _padded(batch: tuple[Array, Array], present: Bool[Array, "ways examples"], ways: Array) -> tuple[Padded, Array]:
+    """A batch of which only a part is there: zeros and labels of -1 elsewhere."""
+    inputs, labels = batch
+    present = present.reshape(-1)
+    inputs = jnp.where(present.reshape(-1, *[1] * (inputs.ndim - 1)), inputs, 0)
+    return Padded(inputs, present, jnp.full_like(labels, ways)), jnp.where(present, labels, -1)
+
+
+def _check_varied(least_ways: int | None, ways: int, shots: int) -> None:
+    if least_ways is None:
+        return
+    _check_size("least_ways", least_ways)
+    _check_size("shots", shots)
+    if least_ways > ways or ways > MOST_SUPPORT:
+        raise ValueError(
+            f"least_ways={least_ways}, ways={ways}: give at most as many as `ways`, and at most {MOST_SUPPORT} ways"
+        )
+
+
 def _check_sizes(data: ClassImages, **sizes: Any) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r}: give a whole number, 1 or more")
+        _check_size(name, size)
     classes = len(data.counts)
     if sizes["ways"] > classes:
         raise ValueError(f"ways={sizes['ways']}: this split has {classes} classes; give at most that many ways")
@@ -158,6 +224,11 @@ def _check_sizes(data: ClassImages, **sizes: Any) -> None:
             f"shots={sizes['shots']}, queries={sizes['queries']}: the smallest of the {classes} "
             f"classes has {smallest} examples; make shots + queries at most {smallest}"
         )
+
+
+def _check_size(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name}={size!r}: give a whole number, 1 or more")
 
 
 def _check_rotations(data: ClassImages, rotations: str) -> None:

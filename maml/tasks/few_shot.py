@@ -27,6 +27,7 @@ def tfds_few_shot(
     rotations: str = "none",
     invert: bool = False,
     cache_dir: str | None = None,
+    least_ways: int | None = None,
 ) -> Sampler:
     """Tasks of the classes of a TFDS data set, such as CIFAR-FS over 'cifar100'; shapes as of `episodes`.
 
@@ -39,14 +40,15 @@ def tfds_few_shot(
       split: meta_train, meta_valid or meta_test.
       name: of the data set in TFDS.
       class_split: 'cifar_fs' (64/16/20 classes) or 'fc100' (60/20/20) for cifar100, 'cub' (140/30/30) for
-        caltech_birds2011, 'flowers' (71/15/16) for oxford_flowers102, 'dtd' (33/7/7) for dtd, or a path: `read_split`. The
-        last three are Meta-Dataset's classes (arXiv 1903.03096), without its tasks of varying ways and shots.
+        caltech_birds2011, 'flowers' (71/15/16) for oxford_flowers102, 'dtd' (33/7/7) for dtd, 'quickdraw' (241/52/52) for
+        quickdraw_bitmap, or a path: `read_split`. The last four are Meta-Dataset's classes (arXiv 1903.03096).
       data_dir: where TFDS has prepared data sets; None for its own default (TFDS_DATA_DIR or ~/tensorflow_datasets).
       label: the class label, one of the data set's features.
-      parts: those of the data set that are pooled.
+      parts: those of the data set that are pooled, such as 'train+test', or a share of one, 'train[:1%]'.
       resample: the filter of Pillow: nearest, box, bilinear, hamming, bicubic or lanczos.
       rotations: 'none', 'per_class' (each class of a task turned at random) or 'classes' (four times the classes).
       cache_dir: for the decoded arrays; None for MAML_CACHE or ~/.cache/maml.
+      least_ways: tasks of that many to `ways` classes, 1 to `shots` examples of each (`episodes`); None: all of the same sizes.
 
     Raises:
       FileNotFoundError: the data set is not there and cannot be prepared, or there is no such class split.
@@ -67,7 +69,7 @@ def tfds_few_shot(
     data = classes_named(data, names, wanted, class_split)
     if rotations == "classes":
         data, rotations = rotated_classes(data), "none"
-    return episodes(data, ways, shots, queries, rotations=rotations, invert=invert)
+    return episodes(data, ways, shots, queries, rotations=rotations, invert=invert, least_ways=least_ways)
 
 
 def _check(image_size: int, channels: int, resample: str) -> None:

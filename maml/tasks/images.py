@@ -34,6 +34,7 @@ def omniglot(
     rotations: str = "per_class",
     invert: bool = True,
     cache_dir: str | None = None,
+    least_ways: int | None = None,
 ) -> Sampler:
     """Omniglot as in Finn et al. 2017 (arXiv 1703.03400), section 5.2; shapes as of `episodes`.
 
@@ -50,6 +51,7 @@ def omniglot(
       rotations: 'none', 'per_class' (each class of a task turned at random) or 'classes' (four
         times the classes).
       cache_dir: for the decoded arrays; None for MAML_CACHE or ~/.cache/maml.
+      least_ways: tasks of that many to `ways` classes, 1 to `shots` examples of each (`episodes`); None: all of the same sizes.
 
     Raises:
       FileNotFoundError: the data set is not there and cannot be prepared.
@@ -61,7 +63,7 @@ def omniglot(
     if rotations == "classes":
         # The rows that 105 -> 28 keeps lie symmetrically, so this equals turning before resizing.
         data, rotations = rotated_classes(data), "none"
-    return episodes(data, ways, shots, queries, rotations=rotations, invert=invert)
+    return episodes(data, ways, shots, queries, rotations=rotations, invert=invert, least_ways=least_ways)
 
 
 def image_folder(
@@ -77,6 +79,7 @@ def image_folder(
     rotations: str = "none",
     invert: bool = False,
     cache_dir: str | None = None,
+    least_ways: int | None = None,
 ) -> Sampler:
     """A folder of classes, `data_dir/class/*.png|jpg|jpeg`; shapes as of `episodes`.
 
@@ -88,6 +91,7 @@ def image_folder(
         `data_dir`.
       rotations: 'none', 'per_class' or 'classes', as for `omniglot`.
       cache_dir: for the decoded arrays; None for MAML_CACHE or ~/.cache/maml.
+      least_ways: tasks of that many to `ways` classes, 1 to `shots` examples of each (`episodes`); None: all of the same sizes.
 
     Raises:
       FileNotFoundError: no such folder, or no lists of classes.
@@ -102,7 +106,7 @@ def image_folder(
     data = _folder_images(root, files, image_size, channels, cache_dir)
     if rotations == "classes":
         data, rotations = rotated_classes(data), "none"
-    return episodes(data, ways, shots, queries, rotations=rotations, invert=invert)
+    return episodes(data, ways, shots, queries, rotations=rotations, invert=invert, least_ways=least_ways)
 
 
 def check_image(image_size: int, channels: int) -> None:

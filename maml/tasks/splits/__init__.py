@@ -27,6 +27,7 @@ SHA256 = {
     "cub": "72277ebd270234fd5f639e4c19cceb04fc0d01b52743bdf03a8b505de23e6952",
     "flowers": "bbf9f07207e6830fb0cabc2bf3ab26b4e433f1ca3346e4684d7fce8ed0b394f0",
     "dtd": "0eae95eebfd6da972337cbad2559e8115e945090a34fcbfbe3069d7e6c3d49d6",
+    "quickdraw": "52968dbe95a43cb30c87e9ac75925977ff3967b9d7863ce90354c7a95fa67d22",
 }
 """The digests of the committed lists (`<name>.txt`, those of Omniglot `omniglot_<name>.txt`), comments left out."""
 
