@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from maml.types import Adapt, Adapted, Batch, Conditioned, Joint, Loss, Metrics, Objective, Params
+from maml.types import Adapt, Adapted, Batch, Conditioned, Joint, Loss, MetaParams, Metrics, Objective, Params
 
 NORMS = ("batch", "support", "joint")
 
@@ -107,7 +107,7 @@ def annealed(
     return switched(until, before(loss, early or adapt), after(loss, adapt))
 
 
-def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objective:
+def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int | None = None) -> Objective:
     """½ |θ - θ'|² with θ' the adapted parameters, taken as constants: its gradient is θ - θ', Reptile's update.
 
     Nichol et al. 2018 (arXiv 1803.02999), Algorithm 2; the outer optimizer is SGD with the outer step size ε. Inner loops may
@@ -116,9 +116,16 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
 
     The metrics are those of `query_loss`; the query set takes no part in the update.
 
+    Args:
+      norm: as for `query_loss`.
+      last: θ' is θ and what the last so many inner steps moved, in place of all: sums of the last inner gradients, as section 6.2
+        compares them. 1 is first-order MAML as in the authors' code, whose query set is the last minibatch.
+
     `objective.defines_update` says that this is no program whose derivative is meant: no Hessian, no central differences.
     """
     check_norm(norm)
+    if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
+        raise ValueError(f"last={last!r}: give inner steps, 1 or more, or None for all")
 
     def objective(meta_params, task, key, step):
         del step
@@ -133,6 +140,8 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
                 "parameter_distance: this inner loop has parameters of its own, which no distance moves (learned step sizes, "
                 "low_rank); use query_loss, or inner_loop.carried_state"
             )
+        if last is not None:
+            end = _last_moved(meta_params, end, adapted.trace.params, last)
         squares = jax.tree.map(lambda x, y: jnp.sum(jnp.square(x - lax.stop_gradient(y))), meta_params, end)
         value = jax.tree.reduce(jnp.add, squares) / 2
         params = lax.stop_gradient(with_norm(adapted.params, task.support, norm))
@@ -141,6 +150,16 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch") -> Objecti
 
     objective.defines_update = True
     return objective
+
+
+def _last_moved(meta_params: Params, end: Params, path: Params, last: int) -> Params:
+    """The meta-parameters, moved as in the last steps of the path [steps + 1, ...]; a carried state is that of the end."""
+    steps = len(jax.tree.leaves(path)[0]) - 1
+    if last > steps:
+        raise ValueError(f"last={last}: the inner loop takes {steps} steps; give at most as many")
+    start = meta_params.params if isinstance(meta_params, MetaParams) else meta_params
+    moved = jax.tree.map(lambda x, xs: x + xs[-1] - xs[-1 - last], start, path)
+    return end._replace(params=moved) if isinstance(end, MetaParams) else moved
 
 
 def check_norm(norm: str) -> None:

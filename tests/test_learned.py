@@ -347,6 +347,45 @@ def test_the_distance_is_reptiles_update_and_refuses_what_it_cannot_move():
         )
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_the_last_steps_alone_are_sums_of_the_last_gradients(last):
+    """Four steps on a quadratic by hand: the gradients of the last ones times the step size; all four are Reptile."""
+    task = jax.tree.map(lambda x: x[0], quadratics(seed=5))
+    support = Quadratic(*map(np.asarray, task.support))
+    theta, gradients = np.arange(4.0), []
+    for _ in range(4):
+        gradients.append(support.curvature @ (theta - support.center))
+        theta = theta - 0.1 * gradients[-1]
+    objective = parameter_distance(quadratic_loss, unroll(optax.sgd(0.1), 4), last=last)
+    got = jax.grad(lambda p: objective(p, task, KEY, 0)[0])(jnp.arange(4.0))
+    np.testing.assert_allclose(got, 0.1 * np.sum(gradients[-last:], 0), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_with_a_carried_state_the_last_step_moves_parameters_and_all_steps_the_state():
+    task = jax.tree.map(lambda x: x[0], quadratics(seed=5))
+    adapt = carried_state(optax.adam(0.01, b1=0.0), 3)
+    meta = initial(adapt, jnp.arange(4.0), KEY)
+    grads = [
+        jax.grad(lambda m, n=n: parameter_distance(quadratic_loss, adapt, last=n)(m, task, KEY, 0)[0])(meta)
+        for n in (1, None)
+    ]
+    path = adapt(quadratic_loss, meta, task.support, KEY).trace.params
+    np.testing.assert_allclose(grads[0].params, path[2] - path[3], rtol=1e-10)
+    np.testing.assert_allclose(grads[1].params, path[0] - path[3], rtol=1e-10)
+    np.testing.assert_array_equal(grads[0].inner[0].nu, grads[1].inner[0].nu)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"), [(0, "last=0: give inner steps"), (5, "last=5: the inner loop takes 4 steps")]
+)
+def test_steps_that_there_are_not_are_refused(last, message):
+    task = jax.tree.map(lambda x: x[0].astype(jnp.float32), quadratics(seed=5))
+    with pytest.raises(ValueError, match=message):
+        parameter_distance(quadratic_loss, unroll(optax.sgd(0.1), 4), last=last)(jnp.arange(4.0), task, KEY, 0)
+
+
 # --- prototypes ---
 
 
