@@ -133,6 +133,7 @@ def learner(cfg: DictConfig) -> Learner:
       ValueError: for sizes and names that do not fit, naming argument, value and remedy.
     """
     check(cfg)
+    check_keys(cfg)
     root = jax.random.key(cfg.seed)
     sampler = build_sampler(cfg, "meta_train")
     apply, params = build_model(cfg, sampler, root)
@@ -158,7 +159,8 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
     except ValueError as error:
         model, optimizer = (OmegaConf.select(cfg, f"{part}._target_", default="?") for part in ("model", "optimizer"))
         parts = f"model {model.removeprefix('maml.models.')} and optimizer {optimizer}"
-        raise ValueError(f"algorithm {cfg.algorithm.name} does not fit {parts}: {error}") from error
+        hint = f"; {cfg.algorithm.needs}" if "needs" in cfg.algorithm else ""
+        raise ValueError(f"algorithm {cfg.algorithm.name} does not fit {parts}: {error}{hint}") from error
 
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
@@ -229,8 +231,8 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
     task = {**cfg.task, **_rotations(cfg)}
     settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
-    if "initial_step_size" in cfg.algorithm:
-        values["step_size"] = None  # learned: a number that an experiment has for other algorithms is not used
+    if not reads(cfg, "step_size"):
+        values["step_size"] = None  # learned, or none: a number that an experiment has for other algorithms is not used
     values["task"] = " ".join(settings).removeprefix("_target_=")
     return Protocol(**values | changes)
 
@@ -285,7 +287,10 @@ def evaluation(
     if protocol.ways != ways and not fewer:
         raise ValueError(f"evaluation.ways={protocol.ways}: training has task.ways={ways}; make them equal")
     sampler = protocol_sampler(cfg, protocol)
-    check_sizes(params, sampler, learner.loss, adapt, protocol)
+    try:
+        check_sizes(params, sampler, learner.loss, adapt, protocol)
+    except ValueError as error:
+        raise ValueError(f"evaluation.steps={protocol.steps}, algorithm {cfg.algorithm.name}: {error}") from error
     chunk, loss = train.chunk_size("auto", protocol.tasks, params), learner.loss
     if ensemble is not None:
         adapt, loss = ensemble_adapt(adapt, loss), instantiate(cfg.task.loss)(ensemble_apply(learner.apply))
@@ -338,8 +343,44 @@ def check(cfg: DictConfig) -> None:
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
     ways = cfg.task.get("ways")
+    if ways is None and cfg.evaluation.ways is not None:
+        raise ValueError(
+            f"evaluation.ways={cfg.evaluation.ways}: this task has no classes; give a task that has, such as task=omniglot, or "
+            "another evaluation"
+        )
     if (cfg.evaluation.ways is None) != (ways is None) or (ways and cfg.evaluation.ways > ways):
         raise ValueError(f"evaluation.ways={cfg.evaluation.ways}: training has task.ways={ways}; make them equal")
+
+
+_GROUPS = {
+    **{"trainer": Trainer, "evaluation": Evaluation, "quantization": Quantization, "gradcheck": Gradcheck},
+    **{"diagnostics": Diagnostics, "diagnostics.per_example": PerExample, "diagnostics.curvature": Curvature},
+}
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Refuse keys that nothing reads: those that `+` put where no part looks.
+
+    Raises:
+      ValueError: with the key, and those that there are.
+    """
+    for group, schema in {"": Config, **_GROUPS}.items():
+        known = [f.name for f in dataclasses.fields(schema)]
+        for key in OmegaConf.select(cfg, group) if group else cfg:
+            if key not in known:
+                raise ValueError(f"{group}.{key}: no such key; there are {', '.join(known)}".removeprefix("."))
+    always = ("name", "steps", "needs", "objective", "adapt")
+    for key in cfg.algorithm:
+        if key not in always and not reads(cfg, str(key)):
+            known = [str(k) for k in cfg.algorithm if k != key]
+            raise ValueError(
+                f"algorithm.{key}: nothing in algorithm {cfg.algorithm.get('name', '?')} reads it; there are {', '.join(known)}"
+            )
+
+
+def reads(cfg: DictConfig, key: str) -> bool:
+    """Whether a part of the algorithm refers to algorithm.KEY."""
+    return re.search(rf"\$\{{(algorithm\.|\.+){re.escape(key)}[.}}\[]", OmegaConf.to_yaml(cfg.algorithm)) is not None
 
 
 def _value(cfg: DictConfig, name: str, default: Any) -> Any:

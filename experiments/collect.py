@@ -20,6 +20,7 @@ NONE = "–"
 _ERRORS = (LookupError, TypeError, AttributeError, ValueError, YAMLError, OmegaConfBaseException)
 
 _IMMATERIAL = ("seed", "resume", "logger", "paper", "debug_nans", "task.data_dir", "task.cache_dir")
+_IMMATERIAL += ("algorithm.needs",)
 _IMMATERIAL += ("trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 _IMMATERIAL += ("trainer.validate_every", "trainer.validation_tasks")
 """Keys, or the groups above them, in which the seeds of one row may differ."""

@@ -56,6 +56,10 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, checkpoints=STEPS, or "
                 "task.data_dir=DIR"
             )
+        elif key == "evaluation.step_size" and not build.reads(cfg, "step_size"):
+            raise ValueError(
+                f"{override}: algorithm {cfg.algorithm.name} has no step size of its own to change; leave it out"
+            )
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))
     return cfg

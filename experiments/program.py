@@ -76,6 +76,9 @@ def run_program(job: Job) -> None:
         sys.exit(BAD_INPUT)
     except (HydraException, OmegaConfBaseException) as error:
         refuse(error)
+    except BrokenPipeError:  # nobody reads what is printed, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BAD_INPUT)
     except (OSError, ValueError) as error:  # outside of any job: Hydra makes its directory and its log there
         cause = error.__cause__ or error
         if not isinstance(cause, OSError):

@@ -5,7 +5,8 @@
 Runs that differ in nothing but the seed make one row, beside the paper's figure where the
 experiment names one; what `experiments.evaluate` left in a run's directory makes rows of its own.
 Writes report.md, report.csv and the curves as PNG; prints the table.
-With --ledger FILE also a table of one line for each number, of experiments of any kind: RESULTS.md.
+With --ledger FILE also a table of one line for each number, of experiments of any kind, such as RESULTS.md:
+lines that are there already stay, but for those of the same numbers.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="run or multirun directories, or globs of them")
     parser.add_argument("--metric", action="append", help="a metric to show; may be repeated")
     parser.add_argument("--output", type=Path, default=Path("report"), help="default: ./report")
-    parser.add_argument("--ledger", type=Path, help="a file for one line of each number, such as RESULTS.md")
+    parser.add_argument("--ledger", type=Path, help="a table of one line for each number, to be added to")
     arguments = parser.parse_args()
     try:
         print(report(arguments.runs, arguments.output, arguments.metric, arguments.ledger))
@@ -58,7 +59,7 @@ def report(
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "report.csv", rows, metrics)
     if ledger is not None:
-        ledger.write_text(ledger_of(rows), encoding="utf-8")
+        ledger.write_text(ledger_of(rows, ledger), encoding="utf-8")
     pictures = [f"![{name}]({file})" for name, file in draw(rows, output, metrics)]
     (output / "report.md").write_text("\n\n".join([text, *pictures]) + "\n", encoding="utf-8")
     return text
@@ -102,11 +103,30 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in table)
 
 
-def ledger_of(rows: Sequence[Row]) -> str:
-    """Every number that a paper or the protocol names, one line each, those that miss and diverge too."""
-    names = ("experiment", "changed", "number", "paper", "ours", "protocol")
-    names += ("seeds", "steps", "device", "wall time", "jax")
-    lines = []
+_LEDGER = (
+    "experiment",
+    "changed",
+    "number",
+    "paper",
+    "ours",
+    "protocol",
+    "seeds",
+    "steps",
+    "device",
+    "wall time",
+    "jax",
+)
+
+
+def ledger_of(rows: Sequence[Row], before: Path) -> str:
+    """Every number that a paper or the protocol names, one line each, those that miss and diverge too.
+
+    Lines of the ledger `before` stay, but for those of the same experiment, changes, number, protocol and steps.
+
+    Raises:
+      ValueError: for a file that is no ledger.
+    """
+    names, lines = _LEDGER, []
     for row in sorted(rows, key=lambda row: (row.runs[0].choices.get("experiment", NONE), row.name)):
         run = row.runs[0]
         own = {name: setting(run, name) for name in run.overrides if not name.startswith(_UNTOLD)}
@@ -120,9 +140,30 @@ def ledger_of(rows: Sequence[Row]) -> str:
         for metric in run.paper or _after_last_step(run.metrics):
             told = {"number": metric, "paper": _paper(run.paper.get(metric)), "ours": _ours(measured(row, metric))}
             lines.append([(cells | told)[name].replace("|", "/") for name in names])
-    table = [names, ["---"] * len(names), *lines]
-    head = "Written by `experiments.report --ledger`, not by hand; ± is the 95 % interval over what stands behind it."
+    same = [names.index(name) for name in ("experiment", "changed", "number", "protocol", "steps")]
+    table = {tuple(line[i] for i in same): line for line in [*_lines_of(before), *lines]}
+    table = [names, ["---"] * len(names), *(table[key] for key in sorted(table, key=_natural))]
+    head = (
+        "Written by `experiments.report --ledger`, not by hand. ± is the 95 % interval over what stands behind it: the "
+        "test tasks of one run, or the means of several seeds, all on the same test tasks.\nA paper's figure stands where the "
+        "protocol is the paper's; numbers of different protocols (each run's summary.json spells it out) are not to be compared."
+    )
     return f"# Results\n\n{head}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+
+
+def _natural(key: tuple[str, ...]) -> str:
+    """step_5 before step_10."""
+    return re.sub(r"\d+", lambda m: m[0].zfill(9), " ".join(key))
+
+
+def _lines_of(ledger: Path) -> list[list[str]]:
+    """The lines of a ledger; none where there is no such file."""
+    if not ledger.exists() or not (text := ledger.read_text(encoding="utf-8")).strip():
+        return []
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    if not lines or tuple(lines[0]) != _LEDGER:
+        raise ValueError(f"--ledger {ledger}: this file is no ledger, and would be lost; give another name")
+    return lines[2:]
 
 
 _UNTOLD = ("experiment", "seed", "logger", "hydra", "resume", "task.data_dir")

@@ -32,7 +32,7 @@ class Protocol:
       ways: classes per task; None for regression.
       shots, queries: examples per class in the support and the query set (points, for regression).
       steps: inner steps; metrics are reported after 0, 1, ..., steps.
-      norm: "batch" (transductive: statistics of the query set) or "support" (inductive); see `objectives.query_loss`.
+      norm: "batch" (transductive: statistics of the query set), "support" or "joint" (inductive); see `objectives.query_loss`.
       seed: of the draw of the tasks.
       task: the task distribution in words (data set, class split, rotations, ...).
       step_size: of the inner steps, where it is one number.

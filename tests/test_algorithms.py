@@ -199,7 +199,10 @@ def test_what_the_inner_loop_moves(algorithm, model):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algorithm=cavia"], "algorithm cavia does not fit model MLP and .*: .*selects no parameter"),
+        (
+            ["algorithm=cavia"],
+            "algorithm cavia does not fit model MLP and .*: .*selects no parameter.*; give model.context=5",
+        ),
         (
             ["algorithm=maml_pp", "evaluation.steps=5"],
             "algorithm maml_pp does not fit model MLP and .*: .*selects no parameter",

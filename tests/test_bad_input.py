@@ -104,6 +104,39 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+trainer.step=5", ["trainer.step: no such key", "steps, meta_batch"]),
+        ("+evaluation.stepz=3", ["evaluation.stepz: no such key"]),
+        ("+sed=1", ["error: sed: no such key", "seed"]),
+        ("+diagnostics.curvature.evry=1", ["diagnostics.curvature.evry: no such key", "every"]),
+        ("+quantization.bit=3", ["quantization.bit: no such key", "bits"]),
+        ("+algorithm.stepsize=0.1", ["algorithm.stepsize: nothing in algorithm maml reads it", "step_size"]),
+        (
+            ("algorithm=meta_sgd", "+algorithm.step_size=0.1"),
+            ["algorithm.step_size: nothing in algorithm meta_sgd reads it"],
+        ),
+        (
+            ("algorithm=imaml", "+algorithm.precision=bfloat16"),
+            ["algorithm.precision: nothing in algorithm imaml reads it"],
+        ),
+        (
+            ("algorithm=protonet", "evaluation=protonet"),
+            ["evaluation.ways=5: this task has no classes", "task=omniglot"],
+        ),
+        (
+            "algorithm.derivative._target_=maml.derivatives.truncated",
+            ["truncated(3)", "algorithm.derivative._partial_=false"],
+        ),
+    ],
+)
+def test_keys_that_nothing_reads_are_refused_where_hydra_takes_them(tmp_path, override, words):
+    """`+` puts a key anywhere, and Hydra's own message recommends it."""
+    line = refused(tmp_path, *([override] if isinstance(override, str) else override))
+    assert all(word in line for word in words), line
+
+
 WHOLE_0, WHOLE_1 = (f"give a whole number, {least} or more" for least in (0, 1))
 POSITIVE = "give a positive number"
 
@@ -143,7 +176,10 @@ POSITIVE = "give a positive number"
         ("evaluation.steps=-1", "evaluation.steps=-1: give 0 or more"),
         ("evaluation.split=test", "evaluation.split=test: give one of meta_train, meta_valid, meta_test"),
         ("evaluation.norm=layer", "norm='layer': give one of batch, support"),
-        ("evaluation.ways=5", "evaluation.ways=5: training has task.ways=None; make them equal"),
+        (
+            "evaluation.ways=5",
+            "evaluation.ways=5: this task has no classes; give a task that has, such as task=omniglot",
+        ),
     ],
 )
 def test_values_out_of_range(tmp_path, override, line):

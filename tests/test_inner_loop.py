@@ -298,6 +298,10 @@ def test_only_everything_is_the_plain_loop_and_nothing_is_refused():
     jax.tree.map(np.testing.assert_array_equal, whole, adapt(loss, params, support, KEY))
     with pytest.raises(ValueError, match="selects no parameter.*'x'"):
         only(nnx.PathContains("head"), adapt)(loss, params, support, KEY)
+    body = nnx.Not(nnx.PathContains("head"))  # BOIL, of a model without a head
+    jax.tree.map(np.testing.assert_array_equal, only(body, adapt)(loss, params, support, KEY), whole)
+    with pytest.raises(ValueError, match="selects every parameter.*'x'"):
+        only(body, adapt, strict=True)(loss, params, support, KEY)
 
 
 @pytest.mark.parametrize("steps", [-1, True])

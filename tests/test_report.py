@@ -94,6 +94,28 @@ def test_the_ledger_has_a_line_for_each_number_and_those_that_diverge(sweep):
     assert (others["–"]["protocol"], others["–"]["seeds"], others["–"]["wall time"]) == ("aaaa", "0, 1, 2", "0:02:00")
 
 
+def test_a_ledger_is_added_to_and_other_files_are_left_alone(sweep):
+    """Runs that are not at hand any more keep their lines; those that were run again have new ones."""
+    path = sweep / "RESULTS.md"
+
+    def lines(*runs):
+        report.report([str(sweep / "runs" / run) for run in runs], sweep / "report", None, path)
+        return [line for line in path.read_text().splitlines() if STEP_1 in line]
+
+    (alone,) = lines("maml0")
+    both = lines("sweep")
+    assert alone in both
+    assert len(both) == 2
+    after = lines("maml*")
+    assert len(after) == 2
+    assert alone not in after
+    assert any("0.970 ± 0.025 (3 seeds)" in line for line in after)
+    path.write_text("# Shopping\n")
+    with pytest.raises(ValueError, match=r"RESULTS.md: this file is no ledger"):
+        lines("maml0")
+    assert path.read_text() == "# Shopping\n"
+
+
 def test_columns_of_identity_and_cost(sweep):
     _, (maml, fomaml), (csv_maml, _) = made(sweep)
     assert [maml["algorithm"], fomaml["algorithm"]] == ["maml", "fomaml"]

@@ -101,6 +101,7 @@ def test_a_killed_run_continues_to_the_same_bits(whole, tmp_path):
     ended = main(*RUN, f"hydra.run.dir={directory}")
     assert ended.code == 0
     assert f"continuing {directory} after meta-step 24" in ended.out
+    assert rows(directory) == rows(whole)  # says more than the line below, should it fail
     assert same(directory, whole)
     assert summary(directory)["metrics"] == summary(whole)["metrics"]
 

@@ -10,7 +10,7 @@ from flax import nnx, traverse_util
 from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded
 
 
-def only(where: Any, adapt: Adapt) -> Adapt:
+def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
     """Run `adapt` on the parameters that `where` selects; the others stay, and are still differentiated by the outer loop.
 
     ANIL moves the head alone (Raghu et al. 2020, arXiv 1909.09157, section 4), BOIL all but the head (Oh et al. 2021, arXiv
@@ -20,7 +20,7 @@ def only(where: Any, adapt: Adapt) -> Adapt:
     pytree that is no `nnx.State` are its dict keys, indices and field names.
 
     Raises:
-      ValueError: when the adapted loop starts, if the filter selects nothing.
+      ValueError: when the adapted loop starts, if the filter selects nothing; with `strict` also if it selects everything.
     """
     selects = nnx.filterlib.to_predicate(where)
 
@@ -30,6 +30,8 @@ def only(where: Any, adapt: Adapt) -> Adapt:
         chosen = {path: x for path, (_, x) in zip(paths, leaves, strict=True) if selects(path, x)}
         if not chosen:
             raise ValueError(f"where={where!r} selects no parameter; the paths are {paths}")
+        if strict and len(chosen) == len(paths):
+            raise ValueError(f"where={where!r} selects every parameter, and some are to stay; the paths are {paths}")
 
         def join(moving: Params) -> Params:
             moved = traverse_util.flatten_dict(moving)
