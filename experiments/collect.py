@@ -82,16 +82,26 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[st
 
 
 def _evaluations(directory: Path, run: Run | None) -> list[Run]:
-    """What `experiments.evaluate` left; not what only repeats the run. Wall time and device are those of the training."""
+    """What `experiments.evaluate` left; not what only repeats the run. Wall time and device are those of the training.
+
+    The paper's figures stand beside the run's own protocol, of one checkpoint or several, and beside no other.
+    """
     found = []
     for path in sorted((directory / "evaluations").glob("*.json")):
         one = load(directory, f"evaluations/{path.name}")
         if run is not None and path.stem == run.summary.get("protocol_hash"):
             continue
         of_training = {k: v for k, v in (run.summary if run else {}).items() if k in ("device", "wall_time_s")}
+        if run is not None and _alone(one.summary) != _alone(run.summary):
+            one = one._replace(source=NONE, paper={})
         own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
         found.append(one._replace(summary=own | of_training, records=[]))
     return found
+
+
+def _alone(summary: dict[str, Any]) -> dict[str, Any]:
+    """A protocol without its ensemble."""
+    return {k: v for k, v in (summary.get("protocol") or {}).items() if k != "ensemble"}
 
 
 def load(directory: Path, at: str = "summary.json") -> Run:

@@ -121,7 +121,8 @@ _LEDGER = (
 def ledger_of(rows: Sequence[Row], before: Path) -> str:
     """Every number that a paper or the protocol names, one line each, those that miss and diverge too.
 
-    Lines of the ledger `before` stay, but for those of the same experiment, changes, number, protocol and steps.
+    Lines of the ledger `before` stay, but for those of the same number (experiment, changes, protocol, steps) from the same seeds
+    or fewer.
 
     Raises:
       ValueError: for a file that is no ledger.
@@ -137,12 +138,12 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
             "wall time": _time(row),
             "jax": str((run.summary.get("versions") or {}).get("jax", NONE)),
         }
-        for metric in run.paper or _after_last_step(run.metrics):
+        named = [metric for metric in run.paper if metric in run.metrics]
+        for metric in named or _after_last_step(run.metrics):
             told = {"number": metric, "paper": _paper(run.paper.get(metric)), "ours": _ours(measured(row, metric))}
             lines.append([(cells | told)[name].replace("|", "/") for name in names])
-    same = [names.index(name) for name in ("experiment", "changed", "number", "protocol", "steps")]
-    table = {tuple(line[i] for i in same): line for line in [*_lines_of(before), *lines]}
-    table = [names, ["---"] * len(names), *(table[key] for key in sorted(table, key=_natural))]
+    stay = [line for line in _lines_of(before) if not any(_replaces(new, line) for new in lines)]
+    table = [names, ["---"] * len(names), *sorted([*stay, *lines], key=_number)]
     head = (
         "Written by `experiments.report --ledger`, not by hand. ± is the 95 % interval over what stands behind it: the "
         "test tasks of one run, or the means of several seeds, all on the same test tasks.\nA paper's figure stands where the "
@@ -151,9 +152,15 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
     return f"# Results\n\n{head}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
 
 
-def _natural(key: tuple[str, ...]) -> str:
-    """step_5 before step_10."""
-    return re.sub(r"\d+", lambda m: m[0].zfill(9), " ".join(key))
+def _number(line: Sequence[str]) -> tuple[str, ...]:
+    """Which number a line of the ledger has: it is in this order too, step_5 before step_10."""
+    cells = (line[_LEDGER.index(name)] for name in ("experiment", "changed", "number", "protocol", "steps"))
+    return tuple(re.sub(r"\d+", lambda m: m[0].zfill(9), cell) for cell in cells)
+
+
+def _replaces(new: Sequence[str], old: Sequence[str]) -> bool:
+    seeds = _LEDGER.index("seeds")
+    return _number(new) == _number(old) and set(old[seeds].split(", ")) <= set(new[seeds].split(", "))
 
 
 def _lines_of(ledger: Path) -> list[list[str]]:
@@ -167,7 +174,7 @@ def _lines_of(ledger: Path) -> list[list[str]]:
 
 
 _UNTOLD = ("experiment", "seed", "logger", "hydra", "resume", "task.data_dir")
-_UNTOLD += ("trainer.keep_checkpoints", "trainer.log_every")
+_UNTOLD += ("trainer.keep_checkpoints", "trainer.log_every", "trainer.validate_every", "trainer.validation_tasks")
 """Overrides that change no number, or stand elsewhere."""
 
 

@@ -110,6 +110,9 @@ def test_a_ledger_is_added_to_and_other_files_are_left_alone(sweep):
     assert len(after) == 2
     assert alone not in after
     assert any("0.970 ± 0.025 (3 seeds)" in line for line in after)
+    fewer = lines("maml1")  # a line of three seeds is not lost to one
+    assert len(fewer) == 3
+    assert set(after) < set(fewer)
     path.write_text("# Shopping\n")
     with pytest.raises(ValueError, match=r"RESULTS.md: this file is no ledger"):
         lines("maml0")
@@ -296,6 +299,7 @@ def test_evaluations_make_rows_of_their_own(sweep):
     assert best["steps"] == "200, 201, 202"
     assert len(best["protocol"].split(", ")) == 3
     assert lines[1][f"{STEP_1} over"] == "seeds"
+    assert [row[f"paper: {STEP_1}"] for row in rows] == ["0.987 ± 0.004", "–", "0.987 ± 0.004", "0.97"]
     assert "- tasks: 600 (aaaa), 6000" in text
 
 
