@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, Container, DictConfig, OmegaConf
 
 from maml import train
 from maml.evaluate import Evaluator, Protocol, check_sizes, ensemble_adapt, ensemble_apply, evaluator
@@ -342,6 +342,11 @@ def check(cfg: DictConfig) -> None:
     build_protocol(cfg)
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
+    if cfg.task.get("least_ways") is not None and "inputs" in cfg.model and cfg.quantization.activations is not None:
+        raise ValueError(
+            f"task.least_ways={cfg.task.least_ways}: the range of quantized inputs would be that of absent examples too; give "
+            "quantization.activations=null"
+        )
     ways = cfg.task.get("ways")
     if ways is None and cfg.evaluation.ways is not None:
         raise ValueError(
@@ -370,8 +375,9 @@ def check_keys(cfg: DictConfig) -> None:
             if key not in known:
                 raise ValueError(f"{group}.{key}: no such key; there are {', '.join(known)}".removeprefix("."))
     always = ("name", "steps", "needs", "objective", "adapt")
+    parts = [part for part in cfg if part != "evaluation"]  # which takes what there is
     for key in cfg.algorithm:
-        if key not in always and not reads(cfg, str(key)):
+        if key not in always and not any(_mentions(cfg[part], str(key)) for part in parts):
             known = [str(k) for k in cfg.algorithm if k != key]
             raise ValueError(
                 f"algorithm.{key}: nothing in algorithm {cfg.algorithm.get('name', '?')} reads it; there are {', '.join(known)}"
@@ -380,7 +386,12 @@ def check_keys(cfg: DictConfig) -> None:
 
 def reads(cfg: DictConfig, key: str) -> bool:
     """Whether a part of the algorithm refers to algorithm.KEY."""
-    return re.search(rf"\$\{{(algorithm\.|\.+){re.escape(key)}[.}}\[]", OmegaConf.to_yaml(cfg.algorithm)) is not None
+    return _mentions(cfg.algorithm, key)
+
+
+def _mentions(part: Any, key: str) -> bool:
+    text = OmegaConf.to_yaml(part) if isinstance(part, Container) else ""
+    return re.search(rf"(\balgorithm\.|\$\{{\.+){re.escape(key)}\b", text) is not None
 
 
 def _value(cfg: DictConfig, name: str, default: Any) -> Any:
