@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +133,6 @@ def learner(cfg: DictConfig) -> Learner:
       ValueError: for sizes and names that do not fit, naming argument, value and remedy.
     """
     check(cfg)
-    check_keys(cfg)
     root = jax.random.key(cfg.seed)
     sampler = build_sampler(cfg, "meta_train")
     apply, params = build_model(cfg, sampler, root)
@@ -342,11 +341,6 @@ def check(cfg: DictConfig) -> None:
     build_protocol(cfg)
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
-    if cfg.task.get("least_ways") is not None and "inputs" in cfg.model and cfg.quantization.activations is not None:
-        raise ValueError(
-            f"task.least_ways={cfg.task.least_ways}: the range of quantized inputs would be that of absent examples too; give "
-            "quantization.activations=null"
-        )
     ways = cfg.task.get("ways")
     if ways is None and cfg.evaluation.ways is not None:
         raise ValueError(
@@ -363,35 +357,35 @@ _GROUPS = {
 }
 
 
-def check_keys(cfg: DictConfig) -> None:
-    """Refuse keys that nothing reads: those that `+` put where no part looks.
+def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Refuse keys that nothing reads: `+` puts a key anywhere, and Hydra's own messages recommend it.
+
+    Of the algorithm those alone that an override added: an experiment may set what other algorithms read.
 
     Raises:
       ValueError: with the key, and those that there are.
     """
     for group, schema in {"": Config, **_GROUPS}.items():
         known = [f.name for f in dataclasses.fields(schema)]
-        for key in OmegaConf.select(cfg, group) if group else cfg:
+        for key in (OmegaConf.select(cfg, group) or ()) if group else cfg:
             if key not in known:
                 raise ValueError(f"{group}.{key}: no such key; there are {', '.join(known)}".removeprefix("."))
-    always = ("name", "steps", "needs", "objective", "adapt")
-    parts = [part for part in cfg if part != "evaluation"]  # which takes what there is
-    for key in cfg.algorithm:
-        if key not in always and not any(_mentions(cfg[part], str(key)) for part in parts):
+    added = [found[1] for found in (re.match(r"\+{1,2}algorithm\.(\w+)", text) for text in overrides) if found]
+    others = [cfg[part] for part in cfg if part not in ("algorithm", "evaluation")]  # evaluation takes what there is
+    for key in added:
+        if key in ("name", "steps", "needs", "objective", "adapt") or reads(cfg, key):
+            continue
+        if not any(
+            re.search(rf"\balgorithm\.{key}\b", OmegaConf.to_yaml(x)) for x in others if isinstance(x, Container)
+        ):
             known = [str(k) for k in cfg.algorithm if k != key]
-            raise ValueError(
-                f"algorithm.{key}: nothing in algorithm {cfg.algorithm.get('name', '?')} reads it; there are {', '.join(known)}"
-            )
+            name = cfg.algorithm.get("name", "?")
+            raise ValueError(f"algorithm.{key}: nothing in algorithm {name} reads it; there are {', '.join(known)}")
 
 
 def reads(cfg: DictConfig, key: str) -> bool:
     """Whether a part of the algorithm refers to algorithm.KEY."""
-    return _mentions(cfg.algorithm, key)
-
-
-def _mentions(part: Any, key: str) -> bool:
-    text = OmegaConf.to_yaml(part) if isinstance(part, Container) else ""
-    return re.search(rf"(\balgorithm\.|\$\{{\.+){re.escape(key)}\b", text) is not None
+    return re.search(rf"(\balgorithm\.|\$\{{\.+){re.escape(key)}\b", OmegaConf.to_yaml(cfg.algorithm)) is not None
 
 
 def _value(cfg: DictConfig, name: str, default: Any) -> Any:

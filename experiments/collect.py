@@ -75,28 +75,31 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[st
                 logged = records(directory)
                 last = f"last logged step {logged[-1]['step']}" if logged else "nothing logged"
                 unfinished.append(f"{directory}: no summary.json, {last}")
-            runs += _evaluations(directory, run)
+            for path in sorted((directory / "evaluations").glob("*.json")):
+                try:
+                    runs += _evaluation(directory, path, run)
+                except (ValueError, OSError) as error:
+                    broken.append(f"{directory}: {error}")
         except (ValueError, OSError) as error:
             broken.append(f"{directory}: {error}")
     return runs, unfinished, broken
 
 
-def _evaluations(directory: Path, run: Run | None) -> list[Run]:
-    """What `experiments.evaluate` left; not what only repeats the run. Wall time and device are those of the training.
+def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
+    """What `experiments.evaluate` left; nothing if it only repeats the run. Wall time and device are those of the training.
 
     The paper's figures stand beside the run's own protocol, of one checkpoint or several, and beside no other.
     """
-    found = []
-    for path in sorted((directory / "evaluations").glob("*.json")):
-        one = load(directory, f"evaluations/{path.name}")
-        if run is not None and path.stem == run.summary.get("protocol_hash"):
-            continue
-        of_training = {k: v for k, v in (run.summary if run else {}).items() if k in ("device", "wall_time_s")}
-        if run is not None and _alone(one.summary) != _alone(run.summary):
+    one = load(directory, f"evaluations/{path.name}")
+    of_training = {}
+    if run is not None:
+        if all(one.summary.get(name) == run.summary.get(name) for name in ("protocol_hash", "params_sha256")):
+            return []
+        if _alone(one.summary) != _alone(run.summary):
             one = one._replace(source=NONE, paper={})
-        own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
-        found.append(one._replace(summary=own | of_training, records=[]))
-    return found
+        of_training = {k: v for k, v in run.summary.items() if k in ("device", "wall_time_s")}
+    own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
+    return [one._replace(summary=own | of_training, records=[])]
 
 
 def _alone(summary: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +162,8 @@ def _paper_figures(
     None where the run is of another task or protocol than the figures: `paper.task` and `paper.protocol` say of which they are.
     """
     paper = config.get("paper") or {}
+    if (config.get("task") or {}).get("least_ways") is not None:  # no paper's figure is of tasks of varied sizes
+        return NONE, {}
     same_task = (config.get("task") or {}).get("_target_") == paper.get(
         "task", (config.get("task") or {}).get("_target_")
     )
@@ -200,10 +205,11 @@ def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
     groups, repeated = {}, []
     for run in runs:
         key = json.dumps([material(run), _protocol(run)], sort_keys=True)
-        same = groups.setdefault(key, {})
-        if run.settings["seed"] in same:
-            repeated.append(str(same[run.settings["seed"]].directory))
-        same[run.settings["seed"]] = run
+        same, seed = groups.setdefault(key, {}), run.settings["seed"]
+        if (before := same.get(seed)) is not None:
+            before, run = sorted((before, run), key=lambda one: one.summary.get("step", 0))
+            repeated.append(str(before.directory))
+        same[seed] = run
     return _rows([list(same.values()) for same in groups.values()]), repeated
 
 
@@ -212,7 +218,7 @@ def _protocol(run: Run) -> Any:
     protocol = run.summary.get("protocol") or {}
     if "ensemble" in protocol and "checkpoints" in run.settings:
         return {**protocol, "ensemble": run.settings["checkpoints"]}
-    return run.summary.get("protocol_hash")
+    return [run.summary.get("protocol_hash"), run.summary.get("step")]
 
 
 def _rows(groups: Sequence[list[Run]]) -> list[Row]:

@@ -154,7 +154,10 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
 
 def _number(line: Sequence[str]) -> tuple[str, ...]:
     """Which number a line of the ledger has: it is in this order too, step_5 before step_10."""
-    cells = (line[_LEDGER.index(name)] for name in ("experiment", "changed", "number", "protocol", "steps"))
+    names = ["experiment", "changed", "number", "protocol", "steps"]
+    if "checkpoints=best" in line[_LEDGER.index("changed")]:  # others of each seed
+        names = names[:3]
+    cells = (line[_LEDGER.index(name)] for name in names)
     return tuple(re.sub(r"\d+", lambda m: m[0].zfill(9), cell) for cell in cells)
 
 
@@ -168,7 +171,7 @@ def _lines_of(ledger: Path) -> list[list[str]]:
     if not ledger.exists() or not (text := ledger.read_text(encoding="utf-8")).strip():
         return []
     lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    if not lines or tuple(lines[0]) != _LEDGER:
+    if not lines or tuple(lines[0]) != _LEDGER or any(len(line) != len(_LEDGER) for line in lines):
         raise ValueError(f"--ledger {ledger}: this file is no ledger, and would be lost; give another name")
     return lines[2:]
 

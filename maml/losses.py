@@ -17,12 +17,15 @@ from jax.typing import ArrayLike
 from maml.types import Apply, Batch, Conditioned, Joint, Key, Loss, Metrics, Padded, Params, Transitions, leaf_name
 
 
-def _forward(apply: Apply, params: Params, inputs: Any) -> Any:
+def _forward(apply: Apply, params: Params, inputs: Any, *, masks: bool = False) -> Any:
     """apply(params, inputs), where `apply` can be conditioned if the parameters are.
 
     Raises:
-      ValueError: for parameters with a reference of batch norm and an `apply` that was not made by `models.functional`.
+      ValueError: for parameters with a reference of batch norm and an `apply` that was not made by `models.functional`, and for
+        `Padded` inputs of a loss that does not mask them.
     """
+    if isinstance(inputs, Padded) and not masks:
+        raise ValueError("inputs are Padded: of the losses here cross_entropy alone leaves out absent examples")
     if isinstance(params, Conditioned | Joint) and not getattr(apply, "takes_conditioned", False):
         raise ValueError(
             "norm='support' or 'joint' needs an apply from maml.models.functional: use norm='batch', or an NNX module"
@@ -72,7 +75,7 @@ def cross_entropy(apply: Apply) -> Loss:
 
     def logits_of(params, batch):
         inputs, labels = batch
-        logits = _forward(apply, params, inputs)
+        logits = _forward(apply, params, inputs, masks=labels.ndim == 1)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
         if isinstance(inputs, Padded):

@@ -118,8 +118,8 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int 
 
     Args:
       norm: as for `query_loss`.
-      last: θ' is θ and what the last so many inner steps moved, in place of all: sums of the last inner gradients, as section 6.2
-        compares them. 1 is first-order MAML as in the authors' code, whose query set is the last minibatch.
+      last: θ' is θ and what the last so many inner steps moved, in place of all: the sum of the last inner gradients. 1 is
+        first-order MAML as in the authors' code, whose query set is the last minibatch.
 
     `objective.defines_update` says that this is no program whose derivative is meant: no Hessian, no central differences.
     """
@@ -158,7 +158,7 @@ def _last_moved(meta_params: Params, end: Params, path: Params, last: int) -> Pa
     if last > steps:
         raise ValueError(f"last={last}: the inner loop takes {steps} steps; give at most as many")
     start = meta_params.params if isinstance(meta_params, MetaParams) else meta_params
-    moved = jax.tree.map(lambda x, xs: x + xs[-1] - xs[-1 - last], start, path)
+    moved = jax.tree.map(lambda x, xs: x + (xs[-1] - xs[-1 - last]), start, path)
     return end._replace(params=moved) if isinstance(end, MetaParams) else moved
 
 

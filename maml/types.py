@@ -44,7 +44,7 @@ class Transitions(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """Inputs filled up to a fixed size, so that tasks of different ways and shots have one shape: `tasks.varied_episodes`.
+    """Inputs filled up to one size, so that tasks of different ways and shots have one shape: `tasks.episodes(least_ways=)`.
 
     `inputs` [batch, ...]; `present` [batch] bool: which of them there are; `ways` [batch] int32: the classes of their task. An
     `apply` from `maml.models.functional` keeps the absent ones out of batch norm, and `losses.cross_entropy` out of its means,

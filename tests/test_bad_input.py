@@ -118,17 +118,6 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
             ["algorithm.step_size: nothing in algorithm meta_sgd reads it"],
         ),
         (
-            (
-                "task=image_folder",
-                "task.data_dir=.",
-                "evaluation=finn2017",
-                "task.least_ways=2",
-                "model=mlp_quantized",
-                "quantization.activations=8",
-            ),
-            ["task.least_ways=2: the range of quantized inputs", "quantization.activations=null"],
-        ),
-        (
             ("algorithm=imaml", "+algorithm.precision=bfloat16"),
             ["algorithm.precision: nothing in algorithm imaml reads it"],
         ),

@@ -263,7 +263,11 @@ def test_broken_runs_are_named(sweep, file, content, named):
 def evaluated(run, overrides, accuracy, step=200, **protocol):
     """What `experiments.evaluate` leaves in a run's directory."""
     protocol = PROTOCOL["protocol"] | protocol
-    digest = PROTOCOL["protocol_hash"] if protocol == PROTOCOL["protocol"] else f"{len(str(protocol))}-{step}"
+    digest = (
+        PROTOCOL["protocol_hash"]
+        if protocol == PROTOCOL["protocol"]
+        else f"{len(str(protocol))}{protocol.get('ensemble', '')[-8:-5]}"
+    )
     summary = {
         "metrics": {STEP_1: {"mean": accuracy, "ci95": 0.01, "n": 6000}},
         "seed": int(run.name[-1]),
@@ -311,6 +315,22 @@ def test_an_unfinished_run_that_was_evaluated_has_a_row(tmp_path):
     assert (row[STEP_1], row["steps"]) == ("0.750 ± 0.010 (6000 tasks)", "150")
     assert "wall time" not in row
     assert "Unfinished" in text
+
+
+def test_evaluations_of_other_meta_steps_are_no_second_seed_and_a_broken_one_is_named(sweep):
+    for seed, step in ((0, 100), (1, 200)):
+        evaluated(sweep / f"runs/maml{seed}", ["evaluation=strict"], 0.5 + seed, step=step, tasks=6000)
+    (sweep / "runs/maml0/evaluations/broken.json").write_text("{")
+    text, rows, _ = made(sweep)
+    strict = [row for row in rows if row["evaluation"] == "strict"]
+    assert [(row["seeds"], row["steps"]) for row in strict] == [("0", "100"), ("1", "200")]
+    assert f"- {sweep / 'runs/maml0'}: evaluations/broken.json: " in text.split("**Broken:**")[1]
+
+
+def test_no_papers_figure_stands_beside_tasks_of_varied_sizes(tmp_path):
+    make_run(tmp_path / "runs/0", config={"task": {"least_ways": 5}})
+    _, (row,), _ = made(tmp_path)
+    assert f"paper: {STEP_1}" not in row
 
 
 def test_globs_and_runs_given_twice(sweep):

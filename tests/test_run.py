@@ -348,8 +348,8 @@ def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier)
     assert "evaluation.batch=0: give 1 or more" in refusal(classifier, "evaluation.batch=0")
     assert "give 'none', 'per_class'" in refusal(classifier, "evaluation.rotations=some")
     other = config(*SMALL, "algorithm=fomaml", "+algorithm.batch=3", "evaluation.batch=2")
-    with pytest.raises(ValueError, match="algorithm.batch: nothing in algorithm fomaml reads it"):
-        build.learner(other)
+    with pytest.raises(ValueError, match="algorithm fomaml takes the whole support set"):
+        build.evaluation(other, build.learner(other))
     reptile = config(*SMALL, "algorithm=reptile", "optimizer=reptile", "evaluation.batch=2", "task.shots=5")
     protocol, measure = build.evaluation(reptile, learner := build.learner(reptile))
     whole = build.evaluation(config(*SMALL, "algorithm=reptile", "optimizer=reptile", "task.shots=5"), learner)

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from maml.evaluate import Protocol, evaluate
 from maml.inner_loop import minibatches, only, unroll, with_prototypes
-from maml.losses import cross_entropy
+from maml.losses import cross_entropy, mse
 from maml.models import MLP, functional
 from maml.objectives import query_loss
 from maml.per_example import influence, per_example_gradients, weighted
@@ -110,7 +110,7 @@ def test_tasks_of_one_shot_and_fixed_ways_are_a_special_case():
     ("sizes", "message"),
     [
         ({"least_ways": 0}, "least_ways=0: give a whole number"),
-        ({"least_ways": 7}, "least_ways=7, ways=6"),
+        ({"least_ways": 7}, "least_ways=7, ways=6: give no more"),
         ({"least_ways": True}, "least_ways=True"),
         ({"least_ways": 3, "queries": 3}, "the smallest of the 11 classes has 3 examples"),
         ({"least_ways": 3, "shots": 0}, "shots=0"),
@@ -250,6 +250,8 @@ def test_evaluation_of_varied_tasks_is_the_mean_over_tasks_alone():
 def test_minibatches_and_gradients_of_examples_refuse_them(drawn):
     apply, params = model(WAYS, norm=False)
     loss, task = cross_entropy(apply), jax.tree.map(lambda x: x[0], drawn)
+    with pytest.raises(ValueError, match="cross_entropy alone leaves out absent examples"):
+        mse(apply)(params, task.support, KEY)
     with pytest.raises(ValueError, match="minibatches: inputs are Padded"):
         minibatches(4, unroll(optax.sgd(0.1), 1))(loss, params, task.support, KEY)
     for way in ("vmap", "jacobian"):

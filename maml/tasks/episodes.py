@@ -51,10 +51,11 @@ def episodes(
       ValueError: for sizes below 1 or larger than the data, or rotations of images that are not
         square.
     """
-    least = shots if least_ways is None else 1
-    _check_sizes(data, ways=ways, shots=least, queries=queries)
+    if least_ways is None:
+        _check_sizes(data, ways=ways, shots=shots, queries=queries)
+    else:
+        _check_varied(data, least_ways, ways, shots, queries)
     _check_rotations(data, rotations)
-    _check_varied(least_ways, ways, shots)
 
     def task(data: ClassImages, key: Key) -> Task:
         key_images, key_turns = jax.random.split(key)
@@ -64,7 +65,7 @@ def episodes(
             images = _turn(images, jax.random.randint(key_turns, (ways,), 0, 4, jnp.int32))
         if least_ways is None:
             return Task(_batch(images[:, :shots], invert), _batch(images[:, shots:], invert))
-        key_ways, key_shots = jax.random.split(jax.random.fold_in(key, 1))
+        key_ways, key_shots = jax.random.split(jax.random.fold_in(key, 2))
         drawn = jax.random.randint(key_ways, (), least_ways, ways + 1, jnp.int32)
         of_each = varied_shots(data.counts[chosen], jnp.arange(ways) < drawn, shots, queries, key_shots)
         query, support = images[:, :queries], images[:, queries:]  # a small class has its queries first
@@ -201,14 +202,19 @@ def _padded(batch: tuple[Array, Array], present: Bool[Array, "ways examples"], w
     return Padded(inputs, present, jnp.full_like(labels, ways)), jnp.where(present, labels, -1)
 
 
-def _check_varied(least_ways: int | None, ways: int, shots: int) -> None:
-    if least_ways is None:
-        return
-    _check_size("least_ways", least_ways)
-    _check_size("shots", shots)
-    if least_ways > ways or ways > MOST_SUPPORT:
+def _check_varied(data: ClassImages, least_ways: int, ways: int, shots: int, queries: int) -> None:
+    for name, size in {"least_ways": least_ways, "ways": ways, "shots": shots, "queries": queries}.items():
+        _check_size(name, size)
+    most = min(len(data.counts), MOST_SUPPORT)
+    if not least_ways <= ways <= most:
         raise ValueError(
-            f"least_ways={least_ways}, ways={ways}: give at most as many as `ways`, and at most {MOST_SUPPORT} ways"
+            f"least_ways={least_ways}, ways={ways}: give no more than `ways`, and at most {most} ways here"
+        )
+    smallest = int(np.min(data.counts))
+    if queries >= smallest:
+        raise ValueError(
+            f"queries={queries}: the smallest of the {len(data.counts)} classes has {smallest} examples; leave one for the support "
+            f"set, {smallest - 1} queries at most"
         )
 
 
