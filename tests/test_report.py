@@ -1,6 +1,7 @@
 """The report: its numbers against hand-computed ones, and nothing lost in silence."""
 
 import csv
+import hashlib
 import json
 import math
 import sys
@@ -263,11 +264,8 @@ def test_broken_runs_are_named(sweep, file, content, named):
 def evaluated(run, overrides, accuracy, step=200, **protocol):
     """What `experiments.evaluate` leaves in a run's directory."""
     protocol = PROTOCOL["protocol"] | protocol
-    digest = (
-        PROTOCOL["protocol_hash"]
-        if protocol == PROTOCOL["protocol"]
-        else f"{len(str(protocol))}{protocol.get('ensemble', '')[-8:-5]}"
-    )
+    own = protocol == PROTOCOL["protocol"]
+    digest = PROTOCOL["protocol_hash"] if own else hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:8]
     summary = {
         "metrics": {STEP_1: {"mean": accuracy, "ci95": 0.01, "n": 6000}},
         "seed": int(run.name[-1]),

@@ -213,8 +213,8 @@ def _check_varied(data: ClassImages, least_ways: int, ways: int, shots: int, que
     smallest = int(np.min(data.counts))
     if queries >= smallest:
         raise ValueError(
-            f"queries={queries}: the smallest of the {len(data.counts)} classes has {smallest} examples; leave one for the support "
-            f"set, {smallest - 1} queries at most"
+            f"queries={queries}: the smallest of the {len(data.counts)} classes has {smallest} examples; leave one for the "
+            f"support set, {smallest - 1} queries at most"
         )
 
 
