@@ -20,7 +20,7 @@ NONE = "–"
 _ERRORS = (LookupError, TypeError, AttributeError, ValueError, YAMLError, OmegaConfBaseException)
 
 _IMMATERIAL = ("seed", "resume", "logger", "paper", "debug_nans", "task.data_dir", "task.cache_dir")
-_IMMATERIAL += ("algorithm.needs",)
+_IMMATERIAL += ("algorithm.needs", "algorithm.adapt.strict")
 _IMMATERIAL += ("trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 _IMMATERIAL += ("trainer.validate_every", "trainer.validation_tasks")
 """Keys, or the groups above them, in which the seeds of one row may differ."""
@@ -192,9 +192,9 @@ def _flat(tree: Any, path: str = "") -> dict[str, str]:
 
 
 def material(run: Run) -> dict[str, str]:
-    """The settings on which the numbers depend, apart from the seed."""
+    """The settings on which the numbers depend, apart from the seed. A key that is null is as one that an older run had not."""
     skipped = tuple(f"{name}." for name in _IMMATERIAL)
-    return {k: v for k, v in run.settings.items() if not f"{k}.".startswith(skipped)}
+    return {k: v for k, v in run.settings.items() if v != "None" and not f"{k}.".startswith(skipped)}
 
 
 def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:

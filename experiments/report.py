@@ -143,7 +143,7 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
             told = {"number": metric, "paper": _paper(run.paper.get(metric)), "ours": _ours(measured(row, metric))}
             lines.append([(cells | told)[name].replace("|", "/") for name in names])
     stay = [line for line in _lines_of(before) if not any(_replaces(new, line) for new in lines)]
-    table = [names, ["---"] * len(names), *sorted([*stay, *lines], key=_number)]
+    table = [names, ["---"] * len(names), *sorted([*stay, *lines], key=_order)]
     head = (
         "Written by `experiments.report --ledger`, not by hand. ± is the 95 % interval over what stands behind it: the "
         "test tasks of one run, or the means of several seeds, all on the same test tasks.\nA paper's figure stands where the "
@@ -153,12 +153,16 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
 
 
 def _number(line: Sequence[str]) -> tuple[str, ...]:
-    """Which number a line of the ledger has: it is in this order too, step_5 before step_10."""
+    """Which number a line of the ledger has."""
     names = ["experiment", "changed", "number", "protocol", "steps"]
     if "checkpoints=best" in line[_LEDGER.index("changed")]:  # others of each seed
         names = names[:3]
-    cells = (line[_LEDGER.index(name)] for name in names)
-    return tuple(re.sub(r"\d+", lambda m: m[0].zfill(9), cell) for cell in cells)
+    return tuple(line[_LEDGER.index(name)] for name in names)
+
+
+def _order(line: Sequence[str]) -> tuple[str, ...]:
+    """step_5 before step_10."""
+    return tuple(re.sub(r"\d+", lambda m: m[0].zfill(9), cell) for cell in _number(line))
 
 
 def _replaces(new: Sequence[str], old: Sequence[str]) -> bool:

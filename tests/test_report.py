@@ -120,6 +120,22 @@ def test_a_ledger_is_added_to_and_other_files_are_left_alone(sweep):
     assert path.read_text() == "# Shopping\n"
 
 
+def test_a_ledger_keeps_numbers_that_differ_in_a_decimal(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    for size in (0.1, 0.01, 0.001):
+        config = {"algorithm": {"name": "maml", "step_size": size}}
+        make_run(tmp_path / f"runs/{size}", overrides=[f"algorithm.step_size={size}"], config=config)
+        report.report([str(tmp_path / f"runs/{size}")], tmp_path / "report", None, path)
+    found = [line.split(" | ")[1] for line in path.read_text().splitlines() if STEP_1 in line]
+    assert sorted(found) == [f"algorithm.step_size={size}" for size in (0.001, 0.01, 0.1)]
+
+
+def test_a_seed_without_a_later_key_stands_in_the_row_of_those_that_have_it_at_null(tmp_path):
+    make_run(tmp_path / "runs/0", seed=0)
+    make_run(tmp_path / "runs/1", seed=1, config={"task": {"least_ways": None}})
+    assert [row["seeds"] for row in made(tmp_path)[1]] == ["0, 1"]
+
+
 def test_columns_of_identity_and_cost(sweep):
     _, (maml, fomaml), (csv_maml, _) = made(sweep)
     assert [maml["algorithm"], fomaml["algorithm"]] == ["maml", "fomaml"]
