@@ -351,10 +351,12 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"evaluation.ways={cfg.evaluation.ways}: training has task.ways={ways}; make them equal")
 
 
-_GROUPS = {
-    **{"trainer": Trainer, "evaluation": Evaluation, "quantization": Quantization, "gradcheck": Gradcheck},
-    **{"diagnostics": Diagnostics, "diagnostics.per_example": PerExample, "diagnostics.curvature": Curvature},
-}
+def _schemas(schema: type, name: str = "") -> Iterator[tuple[str, type]]:
+    """The typed groups of the config by dotted name, the whole of it first."""
+    yield name, schema
+    for f in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(f.default_factory):
+            yield from _schemas(f.default_factory, f"{name}.{f.name}".removeprefix("."))
 
 
 def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
@@ -365,7 +367,7 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     Raises:
       ValueError: with the key, and those that there are.
     """
-    for group, schema in {"": Config, **_GROUPS}.items():
+    for group, schema in _schemas(Config):
         known = [f.name for f in dataclasses.fields(schema)]
         for key in (OmegaConf.select(cfg, group) or ()) if group else cfg:
             if key not in known:

@@ -86,9 +86,9 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[st
 
 
 def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
-    """What `experiments.evaluate` left; nothing if it only repeats the run. Wall time and device are those of the training.
+    """What `experiments.evaluate` left; nothing if it only repeats the run.
 
-    The paper's figures stand beside the run's own protocol, of one checkpoint or several, and beside no other.
+    The device is that of the training, and so is the wall time, which an earlier checkpoint has not. The paper's figures stand beside the run's own protocol, of one checkpoint or several, and beside no other.
     """
     one = load(directory, f"evaluations/{path.name}")
     of_training = {}
@@ -97,9 +97,14 @@ def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
             return []
         if _alone(one.summary) != _alone(run.summary):
             one = one._replace(source=NONE, paper={})
-        of_training = {k: v for k, v in run.summary.items() if k in ("device", "wall_time_s")}
+        known = (
+            ("device", "wall_time_s")
+            if str(one.summary.get("step")) == run.settings.get("trainer.steps")
+            else ("device",)
+        )
+        of_training = {k: v for k, v in run.summary.items() if k in known}
     own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
-    return [one._replace(summary=own | of_training, records=[])]
+    return [one._replace(summary=own | of_training)]
 
 
 def _alone(summary: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +112,11 @@ def _alone(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in (summary.get("protocol") or {}).items() if k != "ensemble"}
 
 
-def load(directory: Path, at: str = "summary.json") -> Run:
+def load(directory: Path, file: str = "summary.json") -> Run:
     """Reads a run, or one of its evaluations; ValueError, with the file, or OSError if it is broken."""
     try:
-        summary = json.loads((directory / at).read_text(encoding="utf-8"))
+        at = file
+        summary = json.loads((directory / file).read_text(encoding="utf-8"))
         metrics = {name: _measured(value) for name, value in summary["metrics"].items()}
         seed = summary["seed"]
         at = ".hydra"
@@ -125,7 +131,8 @@ def load(directory: Path, at: str = "summary.json") -> Run:
     choices |= {name: value for name, value in given.items() if name == "evaluation"}
     settings = _flat(config) | {"seed": str(seed)} | {k: v for k, v in given.items() if k == "checkpoints"}
     overrides += [name for name in given if name not in overrides]
-    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, records(directory))
+    logged = records(directory) if file == "summary.json" else []  # on the way to an evaluation nothing was
+    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, logged)
 
 
 def _measured(value: dict[str, Any]) -> Interval:

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import build
 from maml.tasks.decode import cache_folder, digest
 from maml.train import NonFinite
 
@@ -131,6 +132,7 @@ def _refusing(job: Job) -> Job:
     @functools.wraps(job)
     def wrapped(cfg: DictConfig) -> None:
         try:
+            build.check_keys(cfg, HydraConfig.get().overrides.task)
             job(cfg)
         except REFUSALS as error:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:

@@ -103,19 +103,8 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in table)
 
 
-_LEDGER = (
-    "experiment",
-    "changed",
-    "number",
-    "paper",
-    "ours",
-    "protocol",
-    "seeds",
-    "steps",
-    "device",
-    "wall time",
-    "jax",
-)
+_LEDGER = ("experiment", "changed", "number", "paper", "ours", "protocol")
+_LEDGER += ("seeds", "steps", "device", "wall time", "jax")
 
 
 def ledger_of(rows: Sequence[Row], before: Path) -> str:

@@ -28,14 +28,8 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = (
     *("resume", "logger", "evaluation", "paper", "debug_nans", "task.data_dir", "task.cache_dir"),
     *("trainer.steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
-    *(
-        "trainer.validate_every",
-        "trainer.validation_tasks",
-        "diagnostics",
-        "gradcheck",
-        "algorithm.needs",
-        "algorithm.adapt.strict",
-    ),
+    *("trainer.validate_every", "trainer.validation_tasks", "diagnostics", "gradcheck"),
+    *("algorithm.needs", "algorithm.adapt.strict"),
 )
 """Keys that change no bit of the meta-parameters and the optimizer's state at a given step."""
 

@@ -107,7 +107,6 @@ def _opened(cfg: DictConfig, directory: Path, first: int) -> Iterator[list[Any]]
 
 
 def job(cfg: DictConfig) -> None:
-    build.check_keys(cfg, HydraConfig.get().overrides.task)
     if cfg.plan:
         return plan.show(cfg)
     run(cfg, Path(HydraConfig.get().runtime.output_dir))

@@ -187,7 +187,7 @@ class Truncated(NamedTuple):
     derivative: Derivative
 
 
-def truncated(last: Any, derivative: Derivative = mixed) -> Truncated:
+def truncated(last: int, derivative: Derivative = mixed) -> Truncated:
     """Second order in the last steps alone: truncated back-propagation, Shaban et al. 2019 (arXiv 1810.10667), section 3.
 
     The Jacobians of the steps before are taken as the identity, as in FOMAML, which is `truncated(0)`; with `last` not below
@@ -197,17 +197,21 @@ def truncated(last: Any, derivative: Derivative = mixed) -> Truncated:
       ValueError: for a negative or fractional number of steps.
     """
     if not isinstance(last, int) or isinstance(last, bool) or last < 0:
-        if callable(last):  # given as a derivative itself
-            raise ValueError(
-                "truncated: say how many steps, truncated(3); in a config "
-                "algorithm.derivative._partial_=false +algorithm.derivative.last=3"
-            )
         raise ValueError(f"last={last!r}: give a whole number of inner steps, 0 or more")
     return Truncated(last, derivative)
 
 
 def pieces(derivative: Derivative | Truncated, steps: int) -> list[tuple[int, Derivative]]:
-    """The derivative of each run of inner steps: (number of steps, derivative), in order."""
+    """The derivative of each run of inner steps: (number of steps, derivative), in order.
+
+    Raises:
+      ValueError: for `truncated` itself.
+    """
+    if getattr(derivative, "func", derivative) is truncated:  # a config has it as a partial
+        raise ValueError(
+            "truncated: say how many steps, truncated(3); in a config "
+            "algorithm.derivative._partial_=false +algorithm.derivative.last=3"
+        )
     if not isinstance(derivative, Truncated):
         return [(steps, derivative)]
     last = min(derivative.last, steps)

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import build, pictures, run
+from experiments import build, gradcheck, pictures, run
 from experiments.program import BAD_INPUT
 from maml import train
 from maml.tasks import images
@@ -135,6 +135,11 @@ def test_keys_that_nothing_reads_are_refused_where_hydra_takes_them(tmp_path, ov
     """`+` puts a key anywhere, and Hydra's own message recommends it."""
     line = refused(tmp_path, *([override] if isinstance(override, str) else override))
     assert all(word in line for word in words), line
+
+
+def test_every_program_of_a_config_refuses_keys_that_nothing_reads(tmp_path):
+    ended = main(*SMALL, "+trainer.step=5", f"hydra.run.dir={tmp_path}", program=gradcheck)
+    assert "error: trainer.step: no such key" in refusal(ended)
 
 
 WHOLE_0, WHOLE_1 = (f"give a whole number, {least} or more" for least in (0, 1))

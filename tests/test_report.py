@@ -341,6 +341,27 @@ def test_evaluations_of_other_meta_steps_are_no_second_seed_and_a_broken_one_is_
     assert f"- {sweep / 'runs/maml0'}: evaluations/broken.json: " in text.split("**Broken:**")[1]
 
 
+def test_an_evaluation_of_other_parameters_under_the_same_protocol_is_a_row(tmp_path):
+    """A finished run that was continued, and evaluated on the way: its wall time is of neither."""
+    make_run(tmp_path / "runs/maml0", params_sha256="a")
+    evaluated(tmp_path / "runs/maml0", [], 0.7, step=300)
+    _, (own, later), _ = made(tmp_path)
+    assert (own[STEP_1], later[STEP_1], later["steps"]) == (
+        "0.900 ± 0.010 (600 tasks)",
+        "0.700 ± 0.010 (6000 tasks)",
+        "300",
+    )
+    assert (own["wall time"], later["wall time"]) == ("0:01:30", "–")
+
+
+def test_of_ensembles_that_are_asked_for_alike_the_later_counts(tmp_path):
+    make_run(tmp_path / "runs/maml0")
+    for step, accuracy in ((200, 0.8), (150, 0.6)):
+        evaluated(tmp_path / "runs/maml0", ["checkpoints=best2"], accuracy, step, ensemble=f"meta-steps 100, {step}")
+    _, (_, best), _ = made(tmp_path)
+    assert (best[STEP_1], best["steps"]) == ("0.800 ± 0.010 (6000 tasks)", "200")
+
+
 def test_no_papers_figure_stands_beside_tasks_of_varied_sizes(tmp_path):
     make_run(tmp_path / "runs/0", config={"task": {"least_ways": 5}})
     _, (row,), _ = made(tmp_path)

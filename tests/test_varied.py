@@ -96,7 +96,7 @@ def test_shots_are_those_of_the_paper_step_by_step(monkeypatch, most):
         several.append(int(got.sum()))
     assert max(several) <= most
     assert (max(several) > 40) == (most == 500)
-    assert len(set(several)) > 5
+    assert len(set(several)) > (15 if most == 500 else 5)  # 40 cuts most of them off
 
 
 def test_tasks_of_one_shot_and_fixed_ways_are_a_special_case():
@@ -158,7 +158,8 @@ def narrow(params, ways):
 LOOPS = {
     "maml": lambda: unroll(optax.sgd(0.3), 3),
     "anil": lambda: only(nnx.PathContains("head"), unroll(optax.sgd(0.3), 2)),
-    "adam": lambda: unroll(optax.adam(0.01), 2),
+    # The gradient of a bias before a norm is rounding, which an eps of 1e-8 would make a step of.
+    "adam": lambda: unroll(optax.adam(0.01, eps=1e-3), 2),
     "protonet": lambda: with_prototypes(unroll(optax.sgd(0.0), 0)),
     "proto_maml": lambda: with_prototypes(unroll(optax.sgd(0.1), 2)),
     "cosine": lambda: with_prototypes(unroll(optax.sgd(0.1), 1), "cosine"),
@@ -167,7 +168,14 @@ LOOPS = {
 
 @pytest.mark.parametrize(
     ("loop", "norm"),
-    [("maml", "batch"), ("maml", "support"), ("maml", "joint"), ("maml", None), ("anil", "support"), ("adam", "batch")]
+    [
+        ("maml", "batch"),
+        ("maml", "support"),
+        ("maml", "joint"),
+        ("maml", None),
+        ("anil", "support"),
+        ("adam", "support"),
+    ]
     + [("protonet", "batch"), ("proto_maml", "batch"), ("cosine", None)],
 )
 def test_loss_and_meta_gradient_are_those_of_the_task_alone(drawn, loop, norm):
@@ -189,7 +197,7 @@ def test_loss_and_meta_gradient_are_those_of_the_task_alone(drawn, loop, norm):
             for (path, got), want in zip(
                 jax.tree.leaves_with_path(narrow(gradient, ways)), jax.tree.leaves(wanted), strict=True
             ):
-                np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12, err_msg=str(path))
+                np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-12, err_msg=str(path))
             for path, got in jax.tree.leaves_with_path(gradient):
                 if "head" in jax.tree_util.keystr(path) and "protonet" not in loop:
                     assert (got[..., ways:] == 0).all()
