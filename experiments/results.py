@@ -162,8 +162,15 @@ def as_json(value: Interval) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "hydra-core", "tensorflow-datasets", "numpy")
-    own = {"python": platform.python_version(), "maml": importlib.metadata.version("maml-jax")}
-    return own | {n: importlib.metadata.version(n) for n in names}
+    return {"python": platform.python_version(), "maml": _version("maml-jax")} | {n: _version(n) for n in names}
+
+
+def _version(name: str) -> str:
+    """A package may be importable from a folder alone (a clone on the path): a trained run does not fail for that."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def device() -> str:

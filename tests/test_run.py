@@ -1,6 +1,7 @@
 """A run from the command line to its directory, and what is in it."""
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from experiments import build, evaluate, pictures, reuse, run
+from experiments import build, evaluate, pictures, results, reuse, run
 from experiments.evaluate import evaluate_run
 from maml import train
 from maml.checkpoint import Checkpoints, digest
@@ -479,3 +480,17 @@ def test_a_second_start_compiles_nothing(tmp_path):
         json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"] for name in ("first", "second")
     ]
     assert texts[0] == texts[1]
+
+
+def test_a_library_that_is_on_the_path_alone_still_gets_its_summary(monkeypatch):
+    """A run from a clone that was never installed would fail after its last meta-step."""
+    known = importlib.metadata.version
+
+    def version(name):
+        if name == "maml-jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert results.versions()["maml"] == "not installed"
+    assert results.versions()["jax"] == jax.__version__
