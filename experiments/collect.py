@@ -88,8 +88,8 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[st
 def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
     """What `experiments.evaluate` left; nothing if it only repeats the run.
 
-    The device is that of the training, and so is the wall time, which an earlier checkpoint has not. The paper's figures stand
-    beside the run's own protocol, of one checkpoint or several, and beside no other.
+    Device and versions are those of the training, and so is the wall time, which an earlier checkpoint has not. The paper's
+    figures stand beside the run's own protocol, of one checkpoint or several, and beside no other.
     """
     one = load(directory, f"evaluations/{path.name}")
     of_training = {}
@@ -99,7 +99,8 @@ def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
         if _alone(one.summary) != _alone(run.summary):
             one = one._replace(source=NONE, paper={})
         whole = str(one.summary.get("step")) == run.settings.get("trainer.steps")
-        of_training = {k: v for k, v in run.summary.items() if k == "device" or (whole and k == "wall_time_s")}
+        names = ("device", "versions", *(("wall_time_s",) if whole else ()))
+        of_training = {k: v for k, v in run.summary.items() if k in names}
     own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
     return [one._replace(summary=own | of_training)]
 

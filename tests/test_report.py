@@ -293,6 +293,7 @@ def evaluated(run, overrides, accuracy, step=200, **protocol):
         "overrides": overrides,
         "wall_time_s": 1.0,
         "device": "2 × gpu",
+        "versions": {"jax": "2.0"},
     }
     (run / "evaluations").mkdir(exist_ok=True)
     (run / f"evaluations/{digest}.json").write_text(json.dumps(summary))
@@ -319,6 +320,16 @@ def test_evaluations_make_rows_of_their_own(sweep):
     assert lines[1][f"{STEP_1} over"] == "seeds"
     assert [row[f"paper: {STEP_1}"] for row in rows] == ["0.987 ± 0.004", "–", "0.987 ± 0.004", "0.97"]
     assert "- tasks: 600 (aaaa), 6000" in text
+
+
+def test_a_ledger_tells_where_and_with_what_a_run_was_trained(tmp_path):
+    """Not half of it from the evaluation, which was made elsewhere."""
+    make_run(tmp_path / "runs/0", versions={"jax": "1.0"})
+    evaluated(tmp_path / "runs/0", ["evaluation=strict"], 0.5, tasks=6000)
+    report.report([str(tmp_path / "runs")], tmp_path / "report", None, tmp_path / "RESULTS.md")
+    lines = [line[2:-2].split(" | ") for line in (tmp_path / "RESULTS.md").read_text().splitlines()]
+    ends = [(line[1], *line[-3::2]) for line in lines if STEP_1 in line]
+    assert sorted(ends) == [("evaluation=strict", "1 × cpu", "1.0"), ("–", "1 × cpu", "1.0")]
 
 
 def test_an_unfinished_run_that_was_evaluated_has_a_row(tmp_path):
