@@ -34,6 +34,8 @@ from maml.curvature import (
     restricted,
     stable_step_size,
 )
+from maml.implicit import residual
+from maml.objectives import with_norm
 from maml.quantization import code_metrics
 from maml.random import key_for, keys_for
 from maml.types import Adapt, Loss, MetaParams, Params, Task, as_argument
@@ -159,8 +161,13 @@ def moved_hessian(
     """Products with the Hessian of the loss before or after adaptation, over the `moved` parameters alone; and these."""
     adapted, (path, _) = adapt(loss, params, task.support, key)
     at = adapted if after else jax.tree.map(lambda x: x[0], path)
-    f, part = restricted(of_loss(loss, getattr(task, side), key), at, f"^({'|'.join(map(re.escape, moved))})$")
+    f, part = _over(of_loss(loss, getattr(task, side), key), at, moved)
     return hvp(f, part), part
+
+
+def _over(f: Callable[[Params], Any], params: Params, names: Sequence[str]) -> tuple[Callable, Params]:
+    """f of these parameters alone, and they."""
+    return restricted(f, params, f"^({'|'.join(map(re.escape, names))})$")
 
 
 def layer_step_sizes(
@@ -227,6 +234,38 @@ def update_values(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root
         return largest_update_singular_values(from_start, *parts)
 
     return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
+
+
+def solve_residuals(
+    cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root: Any, moved: Sequence[str]
+) -> jax.Array | None:
+    """|A w - v| / |v| [tasks, cg_steps + 1] of iMAML's solve after each conjugate-gradient step; None without `implicit`."""
+    if (how := _node(OmegaConf.to_container(cfg.algorithm, resolve=True), "maml.implicit.implicit")) is None:
+        return None
+    adapt, norm = inner_loop(cfg), cfg.algorithm.objective.get("norm", "batch")
+    shift = how.get("strength", 1.0) + how.get("damping", 0.0)
+    keys = keys_for(root, "diagnose/solve", 0, len(jax.tree.leaves(tasks)[0]))
+
+    def one(pair):
+        task, key = pair
+        product, at = moved_hessian(adapt, loss, params, task, key, moved, after=True)
+        adapted = jax.lax.stop_gradient(adapt(loss, params, task.support, key).params)
+        query, _ = _over(lambda p: of_loss(loss, task.query, key)(with_norm(p, task.support, norm)), adapted, moved)
+        return residual(
+            lambda u: jax.tree.map(lambda h, x: h + shift * x, product(u), u),
+            jax.grad(query)(at),
+            how.get("cg_steps", 5),
+        )
+
+    return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
+
+
+def _node(tree: Any, target: str) -> Mapping[str, Any] | None:
+    """The first part of a config that builds `target`."""
+    if isinstance(tree, Mapping) and tree.get("_target_") == target:
+        return tree
+    inner = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list) else ()
+    return next((found for x in inner if (found := _node(x, target)) is not None), None)
 
 
 def lanczos_steps(k: int, part: Params, params: Params) -> int:

@@ -22,8 +22,9 @@ from experiments.collect import records
 from experiments.program import CONF, on_run, write
 from maml import plots, train
 from maml.checkpoint import Checkpoints
+from maml.curvature import paths
 from maml.random import keys_for
-from maml.types import as_argument
+from maml.types import MetaParams, as_argument
 
 ALLOWED = ("diagnostics.", "task.data_dir")
 
@@ -63,13 +64,14 @@ def diagnose(
     """The numbers of the report, of the newest checkpoint where nothing else is said; and its figures under "figures"."""
     report: dict[str, Any] = {"algorithm": cfg.algorithm.name, "meta_step": max(kept), "left_out": []}
     figures: dict[str, plots.Figure] = {}
-    for part in (_curvature, _meta, _update, _per_example):
+    for part in (_curvature, _meta, _update, _learned, _per_example):
         try:
             numbers, drawn = part(cfg, learner, kept, logged)
         except ValueError as error:
             if (reason := str(error)) not in report["left_out"]:
                 report["left_out"].append(reason)
             continue
+        report["left_out"] += numbers.pop("left_out", [])
         report |= numbers
         figures |= drawn
     return report | {"figures": figures}
@@ -102,6 +104,11 @@ def _curvature(cfg, learner, kept, logged):
         "first_order": [{"meta_step": step, **comparisons[step]} for step in sorted(comparisons)],
         "spectra": [{"loss": name, **_ends(s)} for name, s in spectra.items()],
     }
+    if (left := curvature.solve_residuals(cfg, *at[1:], moved)) is not None:
+        numbers["solve"] = [
+            {"step": i, "median over tasks": float(np.median(x)), "largest": float(x.max())}
+            for i, x in enumerate(jax.device_get(left).T)
+        ]
     steps = sorted(comparisons)
     figures = {
         "spectra": plots.spectra({name: (s.values.ravel(), s.weights.ravel() / len(s.values)) for name, s in spectra.items()}),
@@ -160,6 +167,21 @@ def _update(cfg, learner, kept, logged):
     return {"update": rows}, {}
 
 
+def _learned(cfg, learner, kept, logged):
+    """What the inner loop has among the meta-parameters beside the model: learned step sizes, a context, low-rank factors."""
+    del learner, logged
+    params = kept[max(kept)].state.params
+    if not isinstance(params, MetaParams) or hasattr(build.inner_loop(cfg), "carried"):
+        return {}, {}
+    rows = []
+    for name, x in paths(params.inner).items():
+        x = np.asarray(x)
+        ends = {"smallest": float(x.min()), "mean": float(x.mean()), "largest": float(x.max())}
+        few = x.ravel().tolist() if x.ndim < 2 and x.size <= VALUES else []
+        rows.append({"name": name or "value", **ends, "values": ", ".join(f"{v:.4g}" for v in few)})
+    return {"learned": rows}, {}
+
+
 def _at(cfg, learner, state):
     """What curvature is measured at: the tasks of the logged diagnostics."""
     tasks = learner.sampler(keys_for(state.key, "diagnostics/curvature", state.step, cfg.diagnostics.curvature.tasks))
@@ -186,11 +208,18 @@ def _per_example(cfg, learner, kept, logged):
             numbers[f"worst_{side}"] = rows = find(seen, count)
             for figure in diagnostics.pictures(seen.tasks, side, rows):
                 figures[f"worst_{side}"] = figure
+    if seen.queries is None:
+        numbers["left_out"] = [
+            "gradients of single examples: they need a loss with per_example that is a gradient, and tasks of one size"
+        ]
     return numbers, figures
 
 
 SINGULAR_VALUES = 5
 """How many of the largest the report has."""
+
+VALUES = 16
+"""Up to how many values a learned vector is written out: one for each inner step."""
 
 SECTIONS: Mapping[str, tuple[str, str]] = {
     "spectra": (
@@ -222,6 +251,16 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
     "update": (
         "Singular values of the update Jacobian",
         "Largest of ∂θ_K/∂θ₀ over the model's parameters: far above 1 meta-gradients explode.",
+    ),
+    "solve": (
+        "Conjugate gradients of the implicit derivative",
+        "|A w - v| / |v| after each step: A = ∇²L(φ) + (λ + damping) I at the adapted parameters, v the gradient of the query "
+        "loss.",
+    ),
+    "learned": (
+        "Learned by the inner loop",
+        "Meta-parameters beside the model's own, as they are stored (positive step sizes: their logarithms). values: all of a "
+        "short vector, such as one step size for each inner step.",
     ),
     "gradients": (
         "Meta-gradients of tasks, query examples and support examples",

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,21 +116,15 @@ def _cg(matvec, v, steps: int):
     return cg(matvec, v, tol=0.0, maxiter=steps)[0]
 
 
-def residual(
-    loss: Loss, params: Any, support: Any, key: jax.Array, vector: Any, strength: Any, cg_steps: int
-) -> jax.Array:
-    """|(∇²L + λI) w - v| / |v| after 0, 1, ..., cg_steps conjugate-gradient steps at `params`, [cg_steps + 1].
+def residual(product: Callable[[Params], Params], vector: Params, cg_steps: int) -> jax.Array:
+    """|A w - v| / |v| after 0, 1, ..., cg_steps conjugate-gradient steps on A w = v, [cg_steps + 1].
 
-    Give the gradient of the query loss for `vector`: it is what the outer derivative solves for.
+    What the outer derivative solves: u -> A u is `product`, (∇²L(φ) + λI) u at the adapted φ, and v, `vector`, the gradient of
+    the query loss there.
     """
-    gradient = jax.grad(lambda p: loss(p, support, key)[0])
-
-    def matrix(u):
-        product = jax.jvp(gradient, (params,), (u,))[1]
-        return jax.tree.map(lambda h, x: h + strength * x, product, u)
 
     def after(steps: int):
-        w = _cg(matrix, vector, steps) if steps else jax.tree.map(jnp.zeros_like, vector)
-        return optax.tree.norm(jax.tree.map(jnp.subtract, matrix(w), vector)) / optax.tree.norm(vector)
+        w = _cg(product, vector, steps) if steps else jax.tree.map(jnp.zeros_like, vector)
+        return optax.tree.norm(jax.tree.map(jnp.subtract, product(w), vector)) / optax.tree.norm(vector)
 
     return jnp.stack([after(i) for i in range(cg_steps + 1)])

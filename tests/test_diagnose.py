@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from experiments import build, curvature, diagnose, pictures, run
+from maml import train
 from maml.curvature import hessian, paths, update_singular_values
 from maml.inner_loop import unroll
 from maml.losses import mse, semi_gradient, td0
@@ -110,6 +111,8 @@ def test_the_report_of_a_run(done, known):
     assert report["meta_step"] == 4
     assert report["left_out"] == []
     for name, (title, _) in diagnose.SECTIONS.items():
+        if name in ("solve", "learned"):  # of other algorithms
+            continue
         assert f"## {title}" in text
         assert name in report
     for name in ("spectra", "first_order", "path"):
@@ -250,6 +253,15 @@ def test_of_imaml_there_is_the_update_and_no_meta_hessian():
     matrix = np.asarray(hessian(lambda p: learner.loss(p, task.support, state.key)[0], optimum).values)
     expected = np.sort(1 / np.abs(1 + np.linalg.eigvalsh(matrix) / cfg.algorithm.strength))[::-1]
     np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-3)
+
+    left = curvature.solve_residuals(cfg, learner.loss, state.params, tasks, state.key, list(paths(state.params)))[0]
+    assert left.shape == (31,)
+    v = jax.flatten_util.ravel_pytree(jax.grad(lambda p: learner.loss(p, task.query, state.key)[0])(optimum))[0]
+    system, v = matrix + cfg.algorithm.strength * np.eye(len(v)), np.asarray(v)
+    first = (v @ v) / (v @ system @ v) * v
+    assert left[0] == pytest.approx(1)
+    assert left[1] == pytest.approx(np.linalg.norm(system @ first - v) / np.linalg.norm(v), rel=1e-3)
+    assert left[-1] < 1e-4
     with pytest.raises(ValueError, match="has no derivative of its own"):
         curvature.meta_spectrum(cfg, learner.loss, state.params, tasks, state.key, jnp.int32(0), k=2)
     reptile = config(*SMALL, "algorithm=reptile_sgd", "optimizer=reptile")
@@ -265,3 +277,45 @@ def test_a_report_leaves_out_what_there_is_not(tmp_path):
     assert "gradients" in report
     assert "path" not in report
     assert "Left out: diagnostics.curvature" in diagnose.markdown(report, [])
+
+
+def begun(*overrides):
+    """A run before its first meta-step, as `diagnose` takes it."""
+    cfg = config(
+        *overrides,
+        "diagnostics.curvature.lanczos=5",
+        "diagnostics.curvature.tasks=2",
+        "diagnostics.per_example.tasks=2",
+    )
+    learner = build.learner(cfg)
+    return cfg, learner, {0: train.begin(learner.state, learner.step, learner.sampler)}
+
+
+def test_the_report_of_imaml_has_its_solve_and_that_of_maml_none():
+    solve = ("algorithm.steps=3", "algorithm.cg_steps=2", "algorithm.damping=0.5")
+    report, _ = diagnose._curvature(*begun(*SMALL, "algorithm=imaml", *solve), [])
+    assert [row["step"] for row in report["solve"]] == [0, 1, 2]
+    assert report["solve"][0]["largest"] == pytest.approx(1)
+    assert 0 < report["solve"][2]["median over tasks"] < 1
+    assert diagnose._learned(*begun(*SMALL, "algorithm=imaml", *solve), []) == ({}, {})
+
+
+def test_the_report_shows_what_the_inner_loop_has_learned():
+    """At the start, where all step sizes are 0.1."""
+    per_step = ("algorithm.adapt.adapt.per=tensor", "algorithm.adapt.adapt.per_step=true", "algorithm.steps=2")
+    cfg, learner, kept = begun(*SMALL, "algorithm=meta_sgd", "algorithm.initial_step_size=0.1", *per_step)
+    report, _ = diagnose._learned(cfg, learner, kept, [])
+    rows = {row["name"]: row for row in report["learned"]}
+    assert set(rows) == set(paths(learner.state.params.params))
+    for row in rows.values():
+        assert row["values"] == "0.1, 0.1"
+        assert row["smallest"] == row["largest"] == pytest.approx(0.1)
+    text = diagnose.markdown({"algorithm": "meta_sgd", "meta_step": 0, "left_out": []} | report, [])
+    assert "## Learned by the inner loop" in text
+
+
+def test_the_report_says_that_examples_are_left_out():
+    report, _ = diagnose._per_example(*begun("experiment=td0_value_prediction", "debug=short"), [])
+    assert "gradients" in report
+    assert "worst_query" not in report
+    assert report["left_out"][0].startswith("gradients of single examples")
