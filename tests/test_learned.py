@@ -14,6 +14,7 @@ from maml.inner_loop import (
     carried_state,
     from_zero,
     learned,
+    learned_hyperparameters,
     learned_step_sizes,
     low_rank,
     minibatches,
@@ -112,6 +113,59 @@ def test_anything_that_an_inner_loop_closes_over_can_be_learned():
     )
     grads = check_gradient(query_loss(mse(apply), adapt), initial(adapt, params, KEY), regression())
     assert all(float(abs(x)) > 1e-6 for x in grads.inner.values())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("derivative", [reverse, mixed])
+@pytest.mark.parametrize(
+    ("optimizer", "initial_values", "how"),
+    [
+        (optax.sgd, {"learning_rate": 0.1, "momentum": 0.5}, {}),
+        (
+            partial(optax.adamw, eps=0.1),
+            {"learning_rate": 0.1, "b1": 0.5, "weight_decay": 0.2},
+            {"per_step": True, "positive": True},
+        ),
+    ],
+    ids=["momentum", "adamw"],
+)
+def test_hyperparameters_of_an_optimizer_are_learned(optimizer, initial_values, how, derivative):
+    apply, params = network()
+    adapt = learned_hyperparameters(3, optimizer, initial_values, derivative=derivative, **how)
+    meta = initial(adapt, params, KEY)
+    values = jax.tree.map(jnp.exp, meta.inner) if how else meta.inner
+    assert {k: x.shape for k, x in values.items()} == dict.fromkeys(initial_values, (3,) if how else ())
+    for name, x in values.items():
+        np.testing.assert_allclose(x, initial_values[name], rtol=1e-12)
+    task = regression()
+    plain = unroll(optimizer(**initial_values), 3)(mse(apply), params, task.support, KEY).params
+    ours = adapt(mse(apply), meta, task.support, KEY).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), ours, plain)
+    grads = check_gradient(query_loss(mse(apply), adapt), meta, task)
+    assert all(np.abs(x).min() > 1e-7 for x in grads.inner.values())
+
+
+@pytest.mark.usefixtures("x64")
+def test_each_step_has_its_own_hyperparameters():
+    """θ ← θ - αₜ A (θ - c), by hand, with other numbers in every row; fewer steps take the first ones, more are refused."""
+    support = jax.tree.map(lambda x: x[0], quadratics(seed=4).support)
+    rows = {"learning_rate": jnp.array([0.3, 0.1, 0.02])}
+    expected = [np.arange(4.0)]
+    for alpha in np.asarray(rows["learning_rate"]):
+        expected.append(expected[-1] - alpha * np.asarray(support[0]) @ (expected[-1] - np.asarray(support[1])))
+    for steps in (2, 3):
+        adapt = learned_hyperparameters(steps, optax.sgd, {"learning_rate": 0.1}, per_step=True)
+        adapted = adapt(quadratic_loss, MetaParams(jnp.arange(4.0), rows), support, KEY)
+        np.testing.assert_allclose(adapted.trace.params, expected[: steps + 1], rtol=1e-12)
+    four = learned_hyperparameters(4, optax.sgd, {"learning_rate": 0.1}, per_step=True)
+    with pytest.raises(ValueError, match="steps=4: these were learned for 3 inner steps; take at most 3"):
+        four(quadratic_loss, MetaParams(jnp.arange(4.0), rows), support, KEY)
+    with pytest.raises(ValueError, match="give one hyperparameter or more"):
+        learned_hyperparameters(1, optax.sgd, {})
+    with pytest.raises(ValueError, match="above 0"):
+        learned_hyperparameters(1, optax.sgd, {"learning_rate": 0.1, "momentum": 0.0}, positive=True)
+    with pytest.raises(ValueError, match="momentun"):
+        learned_hyperparameters(1, optax.sgd, {"learning_rate": 0.1, "momentun": 0.5})
 
 
 @pytest.mark.usefixtures("x64")

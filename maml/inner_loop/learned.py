@@ -1,6 +1,6 @@
 """Inner loops whose step sizes, or anything else that they close over, are meta-parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,67 @@ def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) ->
 
     adapt.init = lambda params, key: MetaParams(params, init(params, key))
     return adapt
+
+
+def learned_hyperparameters(
+    steps: int,
+    optimizer: Callable[..., optax.GradientTransformation],
+    initial: Mapping[str, float],
+    *,
+    per_step: bool = False,
+    positive: bool = False,
+    **how: Any,
+) -> Adapt:
+    """`unroll` with the optimizer optimizer(**h), whose hyperparameters h the outer loop learns: step size, momentum, decay, ...
+
+    Args:
+      optimizer: an optax alias, or any function of these names: `optax.sgd`, `functools.partial(optax.adamw, eps=1e-6)`.
+      initial: where each starts, by the name that `optimizer` has for it: `{"learning_rate": 0.1, "momentum": 0.5}`.
+      per_step: whether every step has its own (axis 0).
+      positive: h = eᵃ with a learned; without it h may change its sign.
+      how: derivative, remat, precision of `unroll`.
+
+    Raises:
+      ValueError: as `unroll`, for no hyperparameters, one that `optimizer` does not take, and a positive one that does not start
+        above 0; when traced, for more steps than were learned.
+    """
+    if not initial or (positive and min(initial.values()) <= 0):
+        raise ValueError(f"initial={dict(initial)}: give one hyperparameter or more{', above 0' * positive}")
+    try:
+        plain = optimizer(**initial)
+    except TypeError as error:
+        raise ValueError(f"initial={dict(initial)}: {error}") from error
+    unroll(plain, steps, **how)  # refuses what it refuses
+    rows = max(steps, 1)
+
+    def make(inner):
+        values = jax.tree.map(jnp.exp, inner) if positive else inner
+        if not per_step:
+            return unroll(optimizer(**values), steps, **how)
+        _check_rows(steps, inner)
+        return unroll(_by_step(optimizer, values), steps, **how)
+
+    def init(params, key):
+        del key
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        start = {name: jnp.full((rows,) * per_step, value, dtype) for name, value in initial.items()}
+        return jax.tree.map(jnp.log, start) if positive else start
+
+    return learned(make, init)
+
+
+def _by_step(optimizer: Callable[..., optax.GradientTransformation], rows: Mapping[str, jax.Array]):
+    """The optimizer with the hyperparameters of each step; its state may not depend on their values, as of no optax alias."""
+
+    def of(step):
+        return optimizer(**{name: x[step] for name, x in rows.items()})
+
+    def update(updates, state, params=None):
+        step, inner = state
+        updates, inner = of(step).update(updates, inner, params)
+        return updates, (step + 1, inner)
+
+    return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32), of(0).init(params)), update)
 
 
 def learned_step_sizes(
@@ -68,10 +129,8 @@ def learned_step_sizes(
     unroll(direction, steps, **how)  # refuses what it refuses
 
     def make(inner):
-        if per_step and steps > (learned_steps := len(jax.tree.leaves(inner)[0])):
-            raise ValueError(
-                f"steps={steps}: step sizes were learned for {learned_steps} inner steps; take at most {learned_steps}"
-            )
+        if per_step:
+            _check_rows(steps, inner)
         sizes = jax.tree.map(jnp.exp, inner) if positive else inner
         return unroll(optax.chain(direction, _scale(sizes, per, per_step)), steps, **how)
 
@@ -87,6 +146,11 @@ def learned_step_sizes(
         return structure.unflatten([one(i, x) for i, x in enumerate(leaves)])
 
     return learned(make, init)
+
+
+def _check_rows(steps: int, inner: Any) -> None:
+    if steps > (rows := len(jax.tree.leaves(inner)[0])):
+        raise ValueError(f"steps={steps}: these were learned for {rows} inner steps; take at most {rows}")
 
 
 def _scale(sizes: Params, per: str, per_step: bool) -> optax.GradientTransformation:
