@@ -126,6 +126,8 @@ def load(directory: Path, file: str = "summary.json") -> Run:
     except _ERRORS as error:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
+    if given.get("checkpoints") == str((config.get("trainer") or {}).get("steps")):
+        del given["checkpoints"]  # the last one, which is taken where none is asked for
     choices |= {name: value for name, value in given.items() if name == "evaluation"}
     settings = _flat(config) | {"seed": str(seed)} | {k: v for k, v in given.items() if k == "checkpoints"}
     overrides += [name for name in given if name not in overrides]

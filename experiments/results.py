@@ -25,6 +25,9 @@ from maml.types import Params
 
 log = logging.getLogger(__name__)
 
+WALL_TIME = "wall_time.json"
+"""Of a run directory: the seconds until its newest checkpoint."""
+
 _MAY_CHANGE = (
     *("resume", "logger", "evaluation", "paper", "debug_nans", "task.data_dir", "task.cache_dir"),
     *("trainer.steps", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
@@ -102,10 +105,24 @@ def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress:
         raise ValueError(
             f"trainer.steps={cfg.trainer.steps}: the run in {checkpoints.directory.parent} has done {step}; give more"
         )
-    if source is not None and (source / "metrics.jsonl").exists():
-        shutil.copy(source / "metrics.jsonl", directory / "metrics.jsonl")
+    for name in ("metrics.jsonl", WALL_TIME) if source is not None else ():
+        if (source / name).exists():
+            shutil.copy(source / name, directory / name)
     log.info("continuing %s after meta-step %s", checkpoints.directory.parent, step)
     return progress
+
+
+def spent(directory: Path) -> float:
+    """Seconds until the newest checkpoint of a run, over all its sessions; 0 where a run did not note it."""
+    try:
+        return float(json.loads((directory / WALL_TIME).read_text())["wall_time_s"])
+    except (OSError, ValueError, LookupError):
+        return 0.0
+
+
+def spend(directory: Path, seconds: float) -> None:
+    """Note the seconds that a run took until this checkpoint."""
+    save(directory / WALL_TIME, {"wall_time_s": round(seconds, 3)})
 
 
 def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:

@@ -39,7 +39,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     progress = results.resume(cfg, directory, checkpoints, progress)
 
     with closing(checkpoints), _opened(cfg, directory, int(progress.state.step)) as loggers:
-        progress, stopped = _train(cfg, learner, progress, checkpoints, loggers)
+        start -= results.spent(directory) if int(progress.state.step) else 0.0  # in earlier sessions
+        progress, stopped = _train(cfg, learner, progress, checkpoints, loggers, start)
         step, params = int(progress.state.step), progress.state.params
         if stopped:
             log.warning("stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues", step, directory)
@@ -61,6 +62,7 @@ def _train(
     progress: train.Progress,
     checkpoints: Checkpoints,
     loggers: Sequence[Any],
+    start: float,
 ) -> tuple[train.Progress, bool]:
     """Train to the last step, or until a signal comes (then true); log, validate and save along the way and at the end."""
 
@@ -70,6 +72,7 @@ def _train(
 
     def save(progress: train.Progress) -> None:
         checkpoints.save(int(progress.state.step), progress, results.plain(cfg, resolve=False))
+        results.spend(checkpoints.directory.parent, time.monotonic() - start)
 
     def validate(progress: train.Progress) -> None:
         metrics = measure(progress.state.params)

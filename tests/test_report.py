@@ -373,6 +373,15 @@ def test_of_ensembles_that_are_asked_for_alike_the_later_counts(tmp_path):
     assert (best[STEP_1], best["steps"]) == ("0.800 ± 0.010 (6000 tasks)", "200")
 
 
+def test_the_last_checkpoint_by_number_is_the_one_that_is_taken_without(tmp_path):
+    for seed, asked in ((0, ["checkpoints=200"]), (1, [])):
+        run = tmp_path / f"runs/maml{seed}"
+        make_run(run, seed, config={"trainer": {"steps": 200}})
+        evaluated(run, ["evaluation=strict", *asked], 0.5, tasks=6000)
+    _, (own, strict), _ = made(tmp_path)
+    assert (own["seeds"], strict["seeds"]) == ("0, 1", "0, 1")
+
+
 def test_no_papers_figure_stands_beside_tasks_of_varied_sizes(tmp_path):
     make_run(tmp_path / "runs/0", config={"task": {"least_ways": 5}})
     _, (row,), _ = made(tmp_path)

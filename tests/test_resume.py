@@ -1,5 +1,6 @@
 """An interrupted run, continued, is the uninterrupted run: bit for bit."""
 
+import json
 import logging
 import os
 import random
@@ -182,6 +183,25 @@ def test_resume_into_a_new_directory(whole, left_at, tmp_path):
     (new / "summary.json").unlink()
     go(new, f"resume={old}")  # its own checkpoints go first
     assert same(new, whole)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_wall_time_is_that_of_all_sessions(left_at, tmp_path, elsewhere):
+    """An hour until checkpoint 16; in the directory itself, or from `resume`."""
+    old, new = left_at(16), tmp_path / "new"
+    (old / "wall_time.json").write_text('{"wall_time_s": 3600}')
+    left = go(new, f"resume={old}") if elsewhere else go(old)
+    noted = json.loads(((new if elsewhere else old) / "wall_time.json").read_text())["wall_time_s"]
+    assert 3600 < noted <= left["wall_time_s"] < 4200
+    assert json.loads((old / "wall_time.json").read_text())["wall_time_s"] == (3600 if elsewhere else noted)
+
+
+def test_what_was_no_session_of_the_run_is_not_counted(whole, tmp_path):
+    (tmp_path / "wall_time.json").write_text('{"wall_time_s": 3600}')  # without a checkpoint: the run begins anew
+    assert go(tmp_path, "trainer.steps=24")["wall_time_s"] < 600
+    (tmp_path / "wall_time.json").write_text("rubbish")
+    assert go(tmp_path)["wall_time_s"] < 600
+    assert same(tmp_path, whole)
 
 
 def test_more_steps_after_the_end(whole, tmp_path):
