@@ -105,9 +105,10 @@ def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress:
         raise ValueError(
             f"trainer.steps={cfg.trainer.steps}: the run in {checkpoints.directory.parent} has done {step}; give more"
         )
-    for name in ("metrics.jsonl", WALL_TIME) if source is not None else ():
-        if (source / name).exists():
-            shutil.copy(source / name, directory / name)
+    if source is not None:
+        for name in ("metrics.jsonl", WALL_TIME):
+            if (source / name).exists():
+                shutil.copy(source / name, directory / name)
     log.info("continuing %s after meta-step %s", checkpoints.directory.parent, step)
     return progress
 
