@@ -360,7 +360,7 @@ def _schemas(schema: type, name: str = "") -> Iterator[tuple[str, type]]:
 
 
 def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Refuse keys that nothing reads: `+` puts a key anywhere, and Hydra's own messages recommend it.
+    """Refuse keys that nothing reads: `+` puts a key anywhere, and Hydra's own messages recommend it; and such a step size.
 
     Of the algorithm those alone that an override added: an experiment may set what other algorithms read.
 
@@ -372,6 +372,9 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         for key in (OmegaConf.select(cfg, group) or ()) if group else cfg:
             if key not in known:
                 raise ValueError(f"{group}.{key}: no such key; there are {', '.join(known)}".removeprefix("."))
+    asked = [text for text in overrides if re.match(r"evaluation\.step_size=(?!null)", text)]
+    if asked and not reads(cfg, "step_size"):
+        raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")
     added = [found[1] for found in (re.match(r"\+{1,2}algorithm\.(\w+)", text) for text in overrides) if found]
     others = [cfg[part] for part in cfg if part not in ("algorithm", "evaluation")]  # evaluation takes what there is
     for key in added:
@@ -383,6 +386,10 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             known = [str(k) for k in cfg.algorithm if k != key]
             name = cfg.algorithm.get("name", "?")
             raise ValueError(f"algorithm.{key}: nothing in algorithm {name} reads it; there are {', '.join(known)}")
+
+
+def no_step_size(cfg: DictConfig) -> str:
+    return f"algorithm {cfg.algorithm.get('name', '?')} has no step size of its own to change; leave it out"
 
 
 def reads(cfg: DictConfig, key: str) -> bool:

@@ -57,9 +57,7 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 "task.data_dir=DIR"
             )
         elif key == "evaluation.step_size" and not build.reads(cfg, "step_size"):
-            raise ValueError(
-                f"{override}: algorithm {cfg.algorithm.name} has no step size of its own to change; leave it out"
-            )
+            raise ValueError(f"{override}: {build.no_step_size(cfg)}")
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))
     return cfg

@@ -122,6 +122,10 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
             ["algorithm.precision: nothing in algorithm imaml reads it"],
         ),
         (
+            ("algorithm.adapt.adapt.optimizer.learning_rate=0.1", "evaluation.step_size=0.2"),
+            ["evaluation.step_size=0.2: algorithm maml has no step size of its own to change"],
+        ),
+        (
             ("algorithm=protonet", "evaluation=protonet"),
             ["evaluation.ways=5: this task has no classes", "task=omniglot"],
         ),
