@@ -435,7 +435,11 @@ def test_the_config_is_shown_from_any_directory(tmp_path):
 def test_help_names_the_groups():
     ended = main("--help")
     assert ended.code == 0
-    for group in ("fomaml, imaml, joint, linear_probe", "model: conv4", "omniglot_20way_1shot_conv"):
+    for group in (
+        "fomaml, imaml, joint, learned_hyperparameters, linear_probe",
+        "model: conv4",
+        "omniglot_20way_1shot_conv",
+    ):
         assert group in ended.out
 
 
