@@ -185,6 +185,25 @@ def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zer
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-12), after, params)
 
 
+@pytest.mark.parametrize(
+    "name", [n if n in ("adam", "adafactor", "rmsprop") else pytest.param(n, marks=pytest.mark.slow) for n in ALIASES]
+)
+def test_in_float32_too_the_meta_gradient_at_zero_gradient_is_finite(name):
+    """Adafactor's default eps of 1e-30 is too small for float32: the derivative of its root overflows below gradients of 2e-13."""
+    optimizer = optax.adafactor(0.1, eps=1e-20) if name == "adafactor" else make(name)
+    params = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.array([0.5, 0.0, -1.0], jnp.float32)}
+
+    def loss(params, batch, key):
+        del key
+        return ((params["a"] - 1) ** 2).sum() / 2 + ((params["b"] + batch) ** 2).sum() / 2, {}
+
+    def adapted(params):
+        params = unroll(optimizer, 3)(loss, params, jnp.ones(3, jnp.float32), KEY).params
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))
+
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(adapted))(params)))
+
+
 def image_task(seed: int, ways: int = 3, size: int = 16):
     generator = np.random.default_rng(seed)
     inputs = generator.uniform(size=(1, 2 * ways, size, size, 1))

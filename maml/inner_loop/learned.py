@@ -79,7 +79,7 @@ def learned_hyperparameters(
 
 
 def _by_step(optimizer: Callable[..., optax.GradientTransformation], rows: Mapping[str, jax.Array]):
-    """The optimizer with the hyperparameters of each step; its state may not depend on their values, as of no optax alias."""
+    """The optimizer with the hyperparameters of each step; its first state is that of the first ones."""
 
     def of(step):
         return optimizer(**{name: x[step] for name, x in rows.items()})
