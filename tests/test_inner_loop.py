@@ -189,7 +189,7 @@ def test_every_optimizer_moves_as_in_optax_and_has_a_finite_meta_gradient_at_zer
     "name", [n if n in ("adam", "adafactor", "rmsprop") else pytest.param(n, marks=pytest.mark.slow) for n in ALIASES]
 )
 def test_in_float32_too_the_meta_gradient_at_zero_gradient_is_finite(name):
-    """Adafactor's default eps of 1e-30 is too small for float32: the derivative of its root overflows below gradients of 2e-13."""
+    """Adafactor's default eps of 1e-30 is too small for float32: the derivative overflows below gradients of 2e-13."""
     optimizer = optax.adafactor(0.1, eps=1e-20) if name == "adafactor" else make(name)
     params = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.array([0.5, 0.0, -1.0], jnp.float32)}
 
