@@ -70,9 +70,17 @@ class Curvature:
 
 
 @dataclass
+class Learned:
+    """What the inner loop learns beside the model, logged during training (`experiments.diagnostics`)."""
+
+    every: int = MISSING
+
+
+@dataclass
 class Diagnostics:
     per_example: PerExample = field(default_factory=PerExample)
     curvature: Curvature = field(default_factory=Curvature)
+    learned: Learned = field(default_factory=Learned)
 
 
 @dataclass
@@ -303,7 +311,7 @@ _WHOLE = {
     **{"trainer.validation_tasks": 1, "algorithm.steps": 0},
     **{"diagnostics.per_example.every": 0, "diagnostics.per_example.tasks": 2, "diagnostics.per_example.outliers": 0},
     **{"diagnostics.curvature.every": 0, "diagnostics.curvature.tasks": 1, "diagnostics.curvature.lanczos": 1},
-    **{"gradcheck.tasks": 1, "gradcheck.directions": 1},
+    **{"diagnostics.learned.every": 0, "gradcheck.tasks": 1, "gradcheck.directions": 1},
 }
 """The least value of every whole number."""
 

@@ -22,9 +22,8 @@ from experiments.collect import records
 from experiments.program import CONF, on_run, write
 from maml import plots, train
 from maml.checkpoint import Checkpoints
-from maml.curvature import paths
 from maml.random import keys_for
-from maml.types import MetaParams, as_argument
+from maml.types import as_argument
 
 ALLOWED = ("diagnostics.", "task.data_dir")
 
@@ -170,16 +169,11 @@ def _update(cfg, learner, kept, logged):
 def _learned(cfg, learner, kept, logged):
     """What the inner loop has among the meta-parameters beside the model: learned step sizes, a context, low-rank factors."""
     del learner, logged
-    params = kept[max(kept)].state.params
-    if not isinstance(params, MetaParams) or hasattr(build.inner_loop(cfg), "carried"):
-        return {}, {}
     rows = []
-    for name, x in paths(params.inner).items():
-        x = np.asarray(x)
-        ends = {"smallest": float(x.min()), "mean": float(x.mean()), "largest": float(x.max())}
+    for name, x in diagnostics.learned(cfg, kept[max(kept)].state.params).items():
         few = x.ravel().tolist() if x.ndim < 2 and x.size <= VALUES else []
-        rows.append({"name": name or "value", **ends, "values": ", ".join(f"{v:.4g}" for v in few)})
-    return {"learned": rows}, {}
+        rows.append({"name": name, **diagnostics.ends(x), "values": ", ".join(f"{v:.4g}" for v in few)})
+    return ({"learned": rows} if rows else {}), {}
 
 
 def _at(cfg, learner, state):

@@ -7,7 +7,10 @@
     diagnostics/support/...  derivative of a task's query loss in the weight of each support example
 
 as scalars to every logger, as histograms and a table of outliers to those that take them, and as pictures of the worst examples.
-The last two need a loss with `per_example`. `diagnostics.curvature.every` logs what `experiments.curvature` measures.
+The last two need a loss with `per_example`. `diagnostics.curvature.every` logs what `experiments.curvature` measures, and
+`diagnostics.learned.every` what the inner loop learns (step sizes, a context, ...), as it is stored:
+
+    diagnostics/learned/NAME                      a number; of an array NAME/smallest, NAME/mean and NAME/largest
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +22,7 @@ from omegaconf import DictConfig
 
 from experiments import build, curvature
 from maml import plots, train
+from maml.curvature import paths
 from maml.per_example import (
     COSINE_BINS,
     LOG_NORM_BINS,
@@ -33,14 +37,14 @@ from maml.per_example import (
     weighted,
 )
 from maml.random import keys_for
-from maml.types import Params, Task, as_argument, padded
+from maml.types import MetaParams, Params, Task, as_argument, padded
 
 Callback = Callable[[train.Progress], None]
 
 
 def callbacks(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) -> list[tuple[int, Callback]]:
     """The diagnostics that the config asks for, as pairs (every so many meta-steps, callback) of `train.fit`."""
-    makers = {"per_example": per_example, "curvature": curvature.callback}
+    makers = {"per_example": per_example, "curvature": curvature.callback, "learned": learned_callback}
     periods = {name: cfg.diagnostics[name].every for name in makers}
     return [(every, makers[name](cfg, learner, loggers)) for name, every in periods.items() if every]
 
@@ -50,6 +54,43 @@ def tell(loggers: Sequence[Any], what: str, *arguments: Any) -> None:
     for logger in loggers:
         if hasattr(logger, what):
             getattr(logger, what)(*arguments)
+
+
+# --- learned by the inner loop ---
+
+
+def learned(cfg: DictConfig, params: Params) -> dict[str, np.ndarray]:
+    """The meta-parameters beside the model's own, by name; none where the inner loop has none or carries a state in them."""
+    if not isinstance(params, MetaParams) or hasattr(build.inner_loop(cfg), "carried"):
+        return {}
+    return {name or "value": np.asarray(x) for name, x in paths(params.inner).items()}
+
+
+def ends(values: np.ndarray) -> dict[str, float]:
+    return {"smallest": float(values.min()), "mean": float(values.mean()), "largest": float(values.max())}
+
+
+def learned_callback(cfg: DictConfig, learner: build.Learner, loggers: Sequence[Any]) -> Callback:
+    """A callback that logs them.
+
+    Raises:
+      ValueError: where there is nothing to log.
+    """
+    if not learned(cfg, learner.state.params):
+        raise ValueError(
+            f"diagnostics.learned: algorithm {cfg.algorithm.name} learns nothing beside the model's parameters; set every=0"
+        )
+
+    def callback(progress: train.Progress) -> None:
+        metrics = {}
+        for name, x in learned(cfg, progress.state.params).items():
+            metrics |= (
+                {name: float(x.item())} if x.size == 1 else {f"{name}/{end}": value for end, value in ends(x).items()}
+            )
+        for logger in loggers:
+            logger(int(progress.state.step), {f"diagnostics/learned/{k}": v for k, v in metrics.items()})
+
+    return callback
 
 
 # --- per example ---

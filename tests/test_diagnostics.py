@@ -122,6 +122,30 @@ def test_a_resumed_run_logs_the_same(tmp_path):
     assert metrics_bytes(tmp_path / "halves") == metrics_bytes(tmp_path / "whole")
 
 
+def test_learned_step_sizes_are_logged_as_they_are_saved(tmp_path):
+    """One for each step: an array; one for the loop: a number, and in the first meta-step Adam moves it by its learning rate."""
+    by = ("algorithm=meta_sgd", "algorithm.steps=2", "diagnostics.learned.every=1")
+    quick(tmp_path / "step", *by, "algorithm.adapt.adapt.per=loop", "algorithm.adapt.adapt.per_step=true")
+    cfg = config(*SMALL, *by, "algorithm.adapt.adapt.per=loop", "algorithm.adapt.adapt.per_step=true")
+    sizes = np.ravel(jax.tree.leaves(restored(cfg, tmp_path / "step").state.params.inner))
+    assert len(set(sizes)) == 2
+    for end, value in (("smallest", sizes.min()), ("mean", sizes.mean()), ("largest", sizes.max())):
+        seen = logged(tmp_path / "step", f"diagnostics/learned/value/{end}")
+        assert list(seen) == [1, 2, 3, 4]
+        assert seen[4] == pytest.approx(value, rel=1e-6)
+    quick(tmp_path / "loop", *by, "algorithm.adapt.adapt.per=loop", "algorithm.initial_step_size=0.1")
+    moved = logged(tmp_path / "loop", "diagnostics/learned/value")[1] - 0.1
+    assert abs(moved) == pytest.approx(cfg.optimizer.learning_rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "reptile", "joint"])
+def test_what_learns_nothing_else_has_nothing_to_log(algorithm, tmp_path):
+    chosen = (f"algorithm={algorithm}", *(["optimizer=reptile"] if algorithm == "reptile" else []))
+    ended = main(*SMALL, *chosen, "diagnostics.learned.every=2", f"hydra.run.dir={tmp_path}")
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: diagnostics.learned: algorithm {algorithm} learns nothing beside the model's")
+
+
 class Kept:
     """A logger that keeps everything."""
 
