@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,7 +59,8 @@ def go(directory: Path, *overrides: str) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The uninterrupted run."""
+    """The uninterrupted run, in programs of its own: those that `quick_compiler` left in memory differ in the last bit."""
+    jax.clear_caches()
     directory = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw", lambda *_: {})
