@@ -380,7 +380,7 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         for key in (OmegaConf.select(cfg, group) or ()) if group else cfg:
             if key not in known:
                 raise ValueError(f"{group}.{key}: no such key; there are {', '.join(known)}".removeprefix("."))
-    asked = [text for text in overrides if re.match(r"evaluation\.step_size=(?!null)", text)]
+    asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.step_size=(?!null)", text)]
     if asked and not reads(cfg, "step_size"):
         raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")
     added = [found[1] for found in (re.match(r"\+{1,2}algorithm\.(\w+)", text) for text in overrides) if found]

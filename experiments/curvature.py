@@ -307,7 +307,7 @@ def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
 
 def sgd_step_size(cfg: DictConfig) -> float | None:
     """The inner step size that 2/λmax bounds: that of SGD, where it is one number; None under other optimizers."""
-    size = cfg.algorithm.get("step_size")
+    size = cfg.algorithm.get("step_size") if build.reads(cfg, "step_size") else None
     optimizers = set(re.findall(r"_target_: (optax\.\w+)", OmegaConf.to_yaml(cfg.algorithm)))
     return (
         float(size)

@@ -43,7 +43,12 @@ def load(
     cfg.diagnostics = OmegaConf.merge(OmegaConf.structured(build.Diagnostics), cfg.diagnostics)
     for override in overrides:
         key, separator, value = override.partition("=")
-        if not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
+        if (
+            not separator
+            or not key.startswith(ALLOWED)
+            or key.endswith(".every")
+            or OmegaConf.select(cfg, key, default=cfg) is cfg
+        ):
             raise ValueError(f"{override}: give diagnostics.{{curvature,per_example}}.KEY=VALUE, or task.data_dir=DIR")
         OmegaConf.update(cfg, key, yaml.safe_load(value))
     assert isinstance(cfg, DictConfig)
@@ -167,7 +172,7 @@ def _update(cfg, learner, kept, logged):
 
 
 def _learned(cfg, learner, kept, logged):
-    """What the inner loop has among the meta-parameters beside the model: learned step sizes, a context, low-rank factors."""
+    """What the inner loop has among the meta-parameters beside the model: learned step sizes, low-rank factors."""
     del learner, logged
     rows = []
     for name, x in diagnostics.learned(cfg, kept[max(kept)].state.params).items():

@@ -8,7 +8,7 @@
 
 as scalars to every logger, as histograms and a table of outliers to those that take them, and as pictures of the worst examples.
 The last two need a loss with `per_example`. `diagnostics.curvature.every` logs what `experiments.curvature` measures, and
-`diagnostics.learned.every` what the inner loop learns (step sizes, a context, ...), as it is stored:
+`diagnostics.learned.every` what the inner loop learns (step sizes, low-rank factors, ...), as it is stored:
 
     diagnostics/learned/NAME                      a number; of an array NAME/smallest, NAME/mean and NAME/largest
 """

@@ -56,7 +56,7 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, checkpoints=STEPS, or "
                 "task.data_dir=DIR"
             )
-        elif key == "evaluation.step_size" and not build.reads(cfg, "step_size"):
+        elif key == "evaluation.step_size" and value != "null" and not build.reads(cfg, "step_size"):
             raise ValueError(f"{override}: {build.no_step_size(cfg)}")
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))

@@ -107,6 +107,7 @@ def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress:
         )
     if source is not None:
         for name in ("metrics.jsonl", WALL_TIME):
+            (directory / name).unlink(missing_ok=True)
             if (source / name).exists():
                 shutil.copy(source / name, directory / name)
     log.info("continuing %s after meta-step %s", checkpoints.directory.parent, step)
@@ -116,9 +117,10 @@ def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress:
 def spent(directory: Path) -> float:
     """Seconds until the newest checkpoint of a run, over all its sessions; 0 where a run did not note it."""
     try:
-        return float(json.loads((directory / WALL_TIME).read_text())["wall_time_s"])
-    except (OSError, ValueError, LookupError):
+        seconds = float(json.loads((directory / WALL_TIME).read_text())["wall_time_s"])
+    except (OSError, ValueError, LookupError, TypeError):
         return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def spend(directory: Path, seconds: float) -> None:
@@ -132,7 +134,8 @@ def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:
     left = (
         f"the last good checkpoint is {checkpoints.directory / str(saved[-1])}" if saved else "no checkpoint was saved"
     )
-    values = {name: OmegaConf.select(cfg, name) for name in ("algorithm.step_size", "optimizer.learning_rate")}
+    names = ["algorithm.step_size"] * build.reads(cfg, "step_size") + ["optimizer.learning_rate"]
+    values = {name: OmegaConf.select(cfg, name) for name in names}
     lower = " or ".join(f"{name}={value}" for name, value in values.items() if value is not None)
     return f"{left}; start again with a lower {lower}"
 

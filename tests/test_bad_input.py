@@ -14,9 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import build, gradcheck, pictures, run
+from experiments import build, gradcheck, pictures, results, run
 from experiments.program import BAD_INPUT
 from maml import train
+from maml.checkpoint import Checkpoints
 from maml.tasks import images
 from maml.tasks.episodes import ClassImages
 from maml.tasks.splits import read_split
@@ -124,6 +125,22 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
         (
             ("algorithm.adapt.adapt.optimizer.learning_rate=0.1", "evaluation.step_size=0.2"),
             ["evaluation.step_size=0.2: algorithm maml has no step size of its own to change"],
+        ),
+        (
+            ("experiment=td0_value_prediction", "algorithm=meta_sgd", "algorithm.step_size=0.2"),
+            ["algorithm.step_size=0.2: algorithm meta_sgd has no step size of its own to change"],
+        ),
+        (
+            ("experiment=td0_value_prediction", "algorithm=meta_sgd", "++evaluation.step_size=0.2"),
+            ["evaluation.step_size=0.2: algorithm meta_sgd has no step size of its own to change"],
+        ),
+        (
+            ("algorithm=learned_hyperparameters", "algorithm.hyperparameters.momentum=null"),
+            ["momentum=None is no number"],
+        ),
+        (
+            ("algorithm=learned_hyperparameters", "+algorithm.hyperparameters.nesterov=true"),
+            ["nesterov=True is no number"],
         ),
         (
             ("algorithm=protonet", "evaluation=protonet"),
@@ -309,6 +326,13 @@ def test_folders_that_do_not_fit(tmp_path, folder):
 
 
 # --- numbers that are none ---
+
+
+def test_after_a_divergence_no_step_size_is_named_that_nothing_reads(tmp_path):
+    cfg = config("experiment=td0_value_prediction", "algorithm=meta_sgd", "debug=short")
+    assert cfg.algorithm.step_size == 0.03
+    left = results.after_divergence(cfg, Checkpoints(tmp_path))
+    assert left.endswith(f"start again with a lower optimizer.learning_rate={cfg.optimizer.learning_rate}")
 
 
 @pytest.mark.parametrize("override", ["algorithm.step_size=1e6", "optimizer.learning_rate=1e30"])

@@ -150,6 +150,7 @@ def test_what_the_report_refuses(done, tmp_path):
         ([f"run={tmp_path}"], "no checkpoint in"),
         ([str(done), "trainer.steps=5"], "trainer.steps=5: give diagnostics"),
         ([str(done), "diagnostics.curvature.task=5"], "diagnostics.curvature.task=5: give diagnostics"),
+        ([str(done), "diagnostics.curvature.every=5"], "diagnostics.curvature.every=5: give diagnostics"),
     ):
         ended = main(*arguments, program=diagnose)
         assert ended.code == 2
@@ -233,7 +234,16 @@ def test_the_meta_hessian_and_the_update_are_those_of_dense_matrices(overrides):
 
 @pytest.mark.parametrize(
     ("overrides", "size"),
-    [((), 0.1), (("algorithm=reptile", "optimizer=reptile"), None), (("algorithm=meta_sgd",), None)],
+    [
+        ((), 0.1),
+        (("algorithm=reptile", "optimizer=reptile"), None),
+        (("algorithm=meta_sgd",), None),
+        (
+            ("experiment=td0_value_prediction", "algorithm=learned_hyperparameters"),
+            None,
+        ),  # a step size that it does not read
+        (("algorithm.adapt.adapt.optimizer.learning_rate=0.1",), None),
+    ],
 )
 def test_the_bound_is_compared_with_the_step_size_of_sgd_alone(overrides, size):
     own = ["algorithm.step_size=0.1"] if size else []
@@ -254,10 +264,13 @@ def test_of_imaml_there_is_the_update_and_no_meta_hessian():
     expected = np.sort(1 / np.abs(1 + np.linalg.eigvalsh(matrix) / cfg.algorithm.strength))[::-1]
     np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-3)
 
+    cfg = config(
+        *SMALL, "algorithm=imaml", "algorithm.step_size=0.05", "algorithm.damping=0.5", *small
+    )  # the same optimum
     left = curvature.solve_residuals(cfg, learner.loss, state.params, tasks, state.key, list(paths(state.params)))[0]
     assert left.shape == (31,)
     v = jax.flatten_util.ravel_pytree(jax.grad(lambda p: learner.loss(p, task.query, state.key)[0])(optimum))[0]
-    system, v = matrix + cfg.algorithm.strength * np.eye(len(v)), np.asarray(v)
+    system, v = matrix + (cfg.algorithm.strength + 0.5) * np.eye(len(v)), np.asarray(v)
     first = (v @ v) / (v @ system @ v) * v
     assert left[0] == pytest.approx(1)
     assert left[1] == pytest.approx(np.linalg.norm(system @ first - v) / np.linalg.norm(v), rel=1e-3)

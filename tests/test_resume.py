@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import pictures, run
+from experiments import pictures, results, run
 from experiments.program import BAD_INPUT, INTERRUPTED
 from maml.checkpoint import Checkpoints, Damaged, digest
 from tests.helpers import twins
@@ -201,9 +201,16 @@ def test_the_wall_time_is_that_of_all_sessions(left_at, tmp_path, elsewhere):
 def test_what_was_no_session_of_the_run_is_not_counted(whole, tmp_path):
     (tmp_path / "wall_time.json").write_text('{"wall_time_s": 3600}')  # without a checkpoint: the run begins anew
     assert go(tmp_path, "trainer.steps=24")["wall_time_s"] < 600
-    (tmp_path / "wall_time.json").write_text("rubbish")
+    for rubbish in ("rubbish", "[1]", '{"wall_time_s": null}', '{"wall_time_s": NaN}'):
+        (tmp_path / "wall_time.json").write_text(rubbish)
+        assert results.spent(tmp_path) == 0
     assert go(tmp_path)["wall_time_s"] < 600
     assert same(tmp_path, whole)
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (tmp_path / "wall_time.json").unlink()  # as of a run from before there was one
+    (fresh / "wall_time.json").write_text('{"wall_time_s": 3600}')
+    assert go(fresh, f"resume={tmp_path}")["wall_time_s"] < 600
 
 
 def test_more_steps_after_the_end(whole, tmp_path):

@@ -1,6 +1,7 @@
 """Inner loops whose step sizes, or anything else that they close over, are meta-parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import jax
@@ -50,9 +51,14 @@ def learned_hyperparameters(
       how: derivative, remat, precision of `unroll`.
 
     Raises:
-      ValueError: as `unroll`, for no hyperparameters, one that `optimizer` does not take, and a positive one that does not start
-        above 0; when traced, for more steps than were learned.
+      ValueError: as `unroll`, for no hyperparameters, one that is no number or that `optimizer` does not take, and a positive one
+        that does not start above 0; when traced, for more steps than were learned.
     """
+    for name, value in initial.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ValueError(
+                f"initial: {name}={value!r} is no number; what is not learned is the optimizer's own argument"
+            )
     if not initial or (positive and min(initial.values()) <= 0):
         raise ValueError(f"initial={dict(initial)}: give one hyperparameter or more{', above 0' * positive}")
     try:
