@@ -48,6 +48,7 @@ class Evaluation:
     step_size: float | None = MISSING
     prototypes: str | None = None
     rotations: str | None = None  # of the task; null: those of training
+    least_ways: int | None = None  # of tasks that vary; 0: none vary; null: as in training
     batch: int | None = None  # of the algorithm's minibatches; null: that of training
 
 
@@ -236,7 +237,7 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
         f.name: cfg.evaluation[f.name] for f in dataclasses.fields(Protocol) if f.name in cfg.evaluation
     }
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
-    task = {**cfg.task, **_rotations(cfg)}
+    task = evaluated_task(cfg)
     settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
     if not reads(cfg, "step_size"):
         values["step_size"] = None  # learned, or none: a number that an experiment has for other algorithms is not used
@@ -246,15 +247,20 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
 
 def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
     sizes = {name: getattr(protocol, name) for name in ("ways", "shots", "queries")}
-    return build_sampler(cfg, protocol.split, **sizes, **_rotations(cfg))
+    own = {name: evaluated_task(cfg).get(name) for name in ("rotations", "least_ways")}
+    return build_sampler(cfg, protocol.split, **sizes, **own)
 
 
-def _rotations(cfg: DictConfig) -> dict[str, str]:
-    """Those of the evaluation, where it has others than the task."""
-    rotations = cfg.evaluation.get("rotations")
-    if rotations is not None and "rotations" not in cfg.task:
-        raise ValueError(f"evaluation.rotations={rotations}: this task turns no images; leave it out")
-    return {} if rotations is None else {"rotations": rotations}
+def evaluated_task(cfg: DictConfig) -> dict[str, Any]:
+    """The task's settings, with the rotations and the least ways of the evaluation where it has others."""
+    task: dict[str, Any] = {str(k): v for k, v in cfg.task.items()}
+    for name, lack in (("rotations", "turns no images"), ("least_ways", "has no ways that could vary")):
+        if (value := cfg.evaluation.get(name)) is None:
+            continue
+        if name not in task:
+            raise ValueError(f"evaluation.{name}={value}: this task {lack}; leave it out")
+        task[name] = value or None
+    return task
 
 
 def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
@@ -290,7 +296,7 @@ def evaluation(
     """
     protocol, params = build_protocol(cfg, **changes, ensemble=ensemble), learner.state.params
     adapt, ways = build_adapt(cfg, protocol), cfg.task.get("ways")
-    fewer = getattr(adapt, "fewer_ways", False) or cfg.task.get("least_ways") is not None
+    fewer = getattr(adapt, "fewer_ways", False) or evaluated_task(cfg).get("least_ways") is not None
     if protocol.ways != ways and not fewer:
         raise ValueError(f"evaluation.ways={protocol.ways}: training has task.ways={ways}; make them equal")
     sampler = protocol_sampler(cfg, protocol)

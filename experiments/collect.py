@@ -169,7 +169,8 @@ def _paper_figures(
     None where the run is of another task or protocol than the figures: `paper.task` and `paper.protocol` say of which they are.
     """
     paper = config.get("paper") or {}
-    if (config.get("task") or {}).get("least_ways") is not None:  # no paper's figure is of tasks of varied sizes
+    varied = [(config.get(part) or {}).get("least_ways") for part in ("task", "evaluation")]
+    if any(varied):  # no paper's figure is of tasks of varied sizes
         return NONE, {}
     same_task = (config.get("task") or {}).get("_target_") == paper.get(
         "task", (config.get("task") or {}).get("_target_")

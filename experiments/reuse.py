@@ -47,9 +47,10 @@ Rows = list[dict[str, Any]]
 
 def similarity(cfg: DictConfig, learner: build.Learner, params: Params, protocol: Protocol) -> Rows:
     """A row for each layer in order of execution: positions x features that are compared, CCA and CKA over tasks."""
-    if (least := cfg.task.get("least_ways")) is not None:
+    if (least := build.evaluated_task(cfg).get("least_ways")) is not None:
         raise ValueError(
-            f"task.least_ways={least}: layers are compared on tasks of one size, and those of this run vary"
+            f"least_ways={least}: layers are compared on tasks of one size, and those of this run vary; give "
+            "evaluation.least_ways=0"
         )
     sampler, adapt = build.protocol_sampler(cfg, protocol), build.build_adapt(cfg, protocol)
     outputs = activations(build.build_module(cfg, learner.sampler, jax.random.key(cfg.seed)))

@@ -265,8 +265,12 @@ def test_tasks_of_varied_ways_and_shots(classifier, tmp_path):
     again = evaluate.evaluate_run(tmp_path, sizes)
     assert (again["protocol"]["ways"], again["protocol"]["shots"]) == (2, 1)
     assert 0 <= again["metrics"]["meta_test/step_1/accuracy"]["mean"] <= 1
-    with pytest.raises(ValueError, match="task.least_ways=2: layers are compared on tasks of one size"):
+    with pytest.raises(ValueError, match="least_ways=2: layers are compared on tasks of one size"):
         reuse.written(tmp_path, [])
+    fixed = evaluate.evaluate_run(tmp_path, ["evaluation.least_ways=0", "evaluation.shots=2"])
+    assert "least_ways" not in fixed["protocol"]["task"]
+    with pytest.raises(ValueError, match="evaluation.ways=2: training has task.ways=3; make them equal"):
+        evaluate.evaluate_run(tmp_path, ["evaluation.least_ways=0", "evaluation.ways=2"])
 
 
 def test_a_classifier_leaves_accuracies_and_pictures(classifier):
