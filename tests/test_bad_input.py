@@ -202,6 +202,7 @@ POSITIVE = "give a positive number"
         ("evaluation.steps=-1", "evaluation.steps=-1: give 0 or more"),
         ("evaluation.split=test", "evaluation.split=test: give one of meta_train, meta_valid, meta_test"),
         ("evaluation.norm=layer", "norm='layer': give one of batch, support"),
+        ("evaluation.least_ways=2", "evaluation.least_ways=2: this task has no ways that could vary; leave it out"),
         (
             "evaluation.ways=5",
             "evaluation.ways=5: this task has no classes; give a task that has, such as task=omniglot",
