@@ -199,7 +199,7 @@ def kernel_codes(cfg: DictConfig) -> tuple[Any, Callable[[str], bool]] | None:
 
 
 def build_sampler(cfg: DictConfig, split: str, **sizes: Any) -> Sampler:
-    """The sampler of a split; `sizes` (ways, shots, queries, rotations) replace those of the task where it has them."""
+    """The sampler of a split; `sizes` (ways, shots, queries, rotations, least_ways) replace the task's where it has them."""
     node = {k: v for k, v in cfg.task.items() if k != "loss"}
     factory = instantiate(node, _convert_="all")
     sizes = {k: v for k, v in sizes.items() if k in cfg.task}
@@ -247,8 +247,10 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
 
 def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
     sizes = {name: getattr(protocol, name) for name in ("ways", "shots", "queries")}
-    own = {name: evaluated_task(cfg).get(name) for name in ("rotations", "least_ways")}
-    return build_sampler(cfg, protocol.split, **sizes, **own)
+    task = evaluated_task(cfg)
+    return build_sampler(
+        cfg, protocol.split, **sizes, rotations=task.get("rotations"), least_ways=task.get("least_ways")
+    )
 
 
 def evaluated_task(cfg: DictConfig) -> dict[str, Any]:

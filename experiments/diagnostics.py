@@ -63,6 +63,10 @@ def learned(cfg: DictConfig, params: Params) -> dict[str, np.ndarray]:
     """The meta-parameters beside the model's own, by name; none where the inner loop has none or carries a state in them."""
     if not isinstance(params, MetaParams) or hasattr(build.inner_loop(cfg), "carried"):
         return {}
+    return _named(params)
+
+
+def _named(params: MetaParams) -> dict[str, np.ndarray]:
     return {name or "value": np.asarray(x) for name, x in paths(params.inner).items()}
 
 
@@ -83,7 +87,7 @@ def learned_callback(cfg: DictConfig, learner: build.Learner, loggers: Sequence[
 
     def callback(progress: train.Progress) -> None:
         metrics = {}
-        for name, x in learned(cfg, progress.state.params).items():
+        for name, x in _named(progress.state.params).items():
             metrics |= (
                 {name: float(x.item())} if x.size == 1 else {f"{name}/{end}": value for end, value in ends(x).items()}
             )

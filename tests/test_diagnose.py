@@ -238,10 +238,8 @@ def test_the_meta_hessian_and_the_update_are_those_of_dense_matrices(overrides):
         ((), 0.1),
         (("algorithm=reptile", "optimizer=reptile"), None),
         (("algorithm=meta_sgd",), None),
-        (
-            ("experiment=td0_value_prediction", "algorithm=learned_hyperparameters"),
-            None,
-        ),  # a step size that it does not read
+        # a step size that it does not read
+        (("experiment=td0_value_prediction", "algorithm=learned_hyperparameters"), None),
         (("algorithm.adapt.adapt.optimizer.learning_rate=0.1",), None),
     ],
 )
@@ -264,9 +262,8 @@ def test_of_imaml_there_is_the_update_and_no_meta_hessian():
     expected = np.sort(1 / np.abs(1 + np.linalg.eigvalsh(matrix) / cfg.algorithm.strength))[::-1]
     np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-3)
 
-    cfg = config(
-        *SMALL, "algorithm=imaml", "algorithm.step_size=0.05", "algorithm.damping=0.5", *small
-    )  # the same optimum
+    # Damping is of the solve alone: the optimum is the same.
+    cfg = config(*SMALL, "algorithm=imaml", "algorithm.step_size=0.05", "algorithm.damping=0.5", *small)
     left = curvature.solve_residuals(cfg, learner.loss, state.params, tasks, state.key, list(paths(state.params)))[0]
     assert left.shape == (31,)
     v = jax.flatten_util.ravel_pytree(jax.grad(lambda p: learner.loss(p, task.query, state.key)[0])(optimum))[0]

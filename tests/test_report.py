@@ -382,8 +382,9 @@ def test_the_last_checkpoint_by_number_is_the_one_that_is_taken_without(tmp_path
     assert (own["seeds"], strict["seeds"]) == ("0, 1", "0, 1")
 
 
-def test_no_papers_figure_stands_beside_tasks_of_varied_sizes(tmp_path):
-    make_run(tmp_path / "runs/0", config={"task": {"least_ways": 5}})
+@pytest.mark.parametrize("part", ["task", "evaluation"])
+def test_no_papers_figure_stands_beside_tasks_of_varied_sizes(tmp_path, part):
+    make_run(tmp_path / "runs/0", config={part: {"least_ways": 5}})
     _, (row,), _ = made(tmp_path)
     assert f"paper: {STEP_1}" not in row
 

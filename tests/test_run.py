@@ -19,6 +19,7 @@ from maml import train
 from maml.checkpoint import Checkpoints, digest
 from maml.loggers import read_json_lines
 from maml.tasks import image_folder
+from maml.types import Padded
 from tests.programs import (
     SMALL,
     bits,
@@ -269,6 +270,11 @@ def test_tasks_of_varied_ways_and_shots(classifier, tmp_path):
         reuse.written(tmp_path, [])
     fixed = evaluate.evaluate_run(tmp_path, ["evaluation.least_ways=0", "evaluation.shots=2"])
     assert "least_ways" not in fixed["protocol"]["task"]
+    for own, varies in (("0", False), ("3", True), ("null", True)):
+        cfg = config(*overrides, f"evaluation.least_ways={own}")
+        tasks = build.protocol_sampler(cfg, build.build_protocol(cfg))(jax.random.split(jax.random.key(0), 1))
+        assert isinstance(tasks.support[0], Padded) == varies
+        assert not varies or tasks.support[0].ways.min() >= (3 if own == "3" else 2)
     with pytest.raises(ValueError, match="evaluation.ways=2: training has task.ways=3; make them equal"):
         evaluate.evaluate_run(tmp_path, ["evaluation.least_ways=0", "evaluation.ways=2"])
 
@@ -395,6 +401,14 @@ def test_more_tasks_begin_with_the_same_ones(done):
     assert few["meta_test/step_0/loss"]["ci95"] is None
     assert more["meta_test/step_0/loss"]["n"] == 150
     assert few["meta_test/step_0/loss"]["mean"] != more["meta_test/step_0/loss"]["mean"]
+
+
+def test_a_step_size_of_the_evaluation_that_nothing_reads_is_refused():
+    cfg = config(*SMALL, "algorithm=meta_sgd")
+    with pytest.raises(ValueError, match=r"evaluation.step_size=0.2: algorithm meta_sgd has no step size of its own"):
+        evaluate.changed(cfg, ["evaluation.step_size=0.2"])
+    assert evaluate.changed(cfg, ["evaluation.step_size=null"]).evaluation.step_size is None
+    assert evaluate.changed(config(*SMALL), ["evaluation.step_size=0.2"]).evaluation.step_size == 0.2
 
 
 def test_one_class_of_evaluation_cannot_change_what_was_trained(classifier):
