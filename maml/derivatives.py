@@ -158,7 +158,7 @@ def equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
 
 
 def in_bfloat16(derivative: Derivative) -> Derivative:
-    """The same derivative of a loss that is computed in bfloat16; parameters, gradients and updates stay in float32.
+    """The same derivative of a loss that is computed in bfloat16; parameters, gradients and updates stay as wide as they are.
 
     Parameters and batch are rounded at each inner step. A meta-gradient can be far more sensitive than a gradient: at a random
     Conv-4 with batch norm a relative change of 2⁻⁹ of the parameters alone turns it by 15 degrees.
@@ -167,11 +167,12 @@ def in_bfloat16(derivative: Derivative) -> Derivative:
     def rounded(loss: Loss) -> Gradient:
         gradient = derivative(loss)
 
-        def gradient_in_float32(params, batch, key):
-            params, batch = _cast((params, batch), jnp.float32, jnp.bfloat16)
-            return _cast(gradient(params, batch, key), jnp.bfloat16, jnp.float32)
+        def wide_gradient(params, batch, key):
+            wide = jnp.result_type(*jax.tree.leaves(params))
+            params, batch = _cast((params, batch), wide, jnp.bfloat16)
+            return _cast(gradient(params, batch, key), jnp.bfloat16, wide)
 
-        return gradient_in_float32
+        return wide_gradient
 
     return rounded
 

@@ -60,13 +60,12 @@ class Protocol:
     ensemble: str | None = None
 
     def __post_init__(self):
-        for name in ("tasks", "shots", "queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name}={getattr(self, name)}: give 1 or more")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"evaluation.batch={self.batch}: give 1 or more, or null for that of training")
-        if self.steps < 0:
-            raise ValueError(f"evaluation.steps={self.steps}: give 0 or more")
+        for name, least in (("tasks", 1), ("shots", 1), ("queries", 1), ("steps", 0), ("batch", 1)):
+            value = getattr(self, name)
+            if name == "batch" and value is None:  # that of training
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"evaluation.{name}={value!r}: give a whole number, {least} or more")
         check_norm(self.norm)
         if self.prototypes is not None:
             check_kind(self.prototypes)
@@ -97,6 +96,8 @@ def evaluate(
 
 def evaluator(sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1) -> Evaluator:
     """`evaluate` as a function of the parameters, compiled once: for validation during training."""
+    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r}: give a whole number of tasks, 1 or more")
     root = jax.random.key(protocol.seed)
     block = min(100, protocol.tasks)
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from maml.types import Key, Params
@@ -81,7 +82,7 @@ def meta_gradcheck(
 
     @jax.jit
     def slope(params, key):
-        return _dot(jax.grad(f)(params), _direction(key, params))
+        return optax.tree.vdot(jax.grad(f)(params), _direction(key, params))
 
     @jax.jit
     def value(params, key, by):
@@ -108,7 +109,7 @@ def asymmetry(field: Callable[[Params], Params], params: Params, key: Key, *, pr
         probe = _direction(key, params)
         forward, (backward,) = jax.jvp(field, (params,), (probe,))[1], jax.vjp(field, params)[1](probe)
         defect = jax.tree.map(jnp.subtract, forward, backward)
-        return _dot(defect, defect), _dot(forward, forward)
+        return optax.tree.vdot(defect, defect), optax.tree.vdot(forward, forward)
 
     defects, sizes = jax.jit(jax.vmap(products, (None, 0)))(params, jax.random.split(key, probes))
     size = float(sizes.sum())
@@ -120,12 +121,8 @@ def _direction(key: Key, params: Params) -> Params:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     normal = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    length = jnp.sqrt(_dot(normal, normal))
+    length = optax.tree.norm(normal)
     return structure.unflatten([x / length for x in normal])
-
-
-def _dot(a: Params, b: Params) -> jax.Array:
-    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b))
 
 
 def _relative(a: float, b: float) -> float:

@@ -25,7 +25,8 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
     the stopped search would give zeros, is refused.
 
     Args:
-      search: an inner loop, such as `unroll(optax.sgd(0.1), 16)`; it is given the proximal loss, and is not differentiated.
+      search: an inner loop, such as `unroll(optax.sgd(0.1), 16)`; it is given the proximal loss, and is not differentiated. It
+        moves all parameters from θ: what moves a part of them stands outside, `only(where, implicit(...))`.
       strength: λ, above 0, or a traced scalar (a meta-parameter: `inner_loop.learned`).
       cg_steps: products with the Hessian in a solve.
       damping: added to the Hessian in the solve alone, where it is not positive definite.
@@ -34,8 +35,8 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
     after them, and solves with another matrix.
 
     Raises:
-      ValueError: for a strength that is not positive, negative damping, cg_steps below 1; when traced, for a semi-gradient and a
-        loss that is another at each step.
+      ValueError: for a strength that is not positive, negative damping, cg_steps below 1, and a search that has parameters of
+        its own or moves a part; when traced, for a semi-gradient and a loss that is another at each step.
     """
     if isinstance(strength, int | float) and not strength > 0:
         raise ValueError(
@@ -43,6 +44,11 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
         )
     if damping < 0 or not isinstance(cg_steps, int) or isinstance(cg_steps, bool) or cg_steps < 1:
         raise ValueError(f"cg_steps={cg_steps!r}, damping={damping}: give 1 step or more, and a damping of 0 or more")
+    if hasattr(search, "init"):
+        raise ValueError(
+            "implicit: the search ends at no optimum of all parameters where it moves a part of them, starts elsewhere or has "
+            "parameters of its own; give unroll(...), and put only(...) and the like outside"
+        )
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
         if not getattr(loss, "is_gradient", True):
@@ -113,18 +119,24 @@ _at_root.defvjp(_at_root_forward, _at_root_backward)
 
 
 def _cg(matvec, v, steps: int):
-    return cg(matvec, v, tol=0.0, maxiter=steps)[0]
+    """At most so many steps on A w = v, for v of any size: past the last bit of the residual its square would underflow."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(v)]))
+    size = jnp.where(largest > 0, largest, 1)
+    w = cg(matvec, jax.tree.map(lambda x: x / size, v), tol=float(jnp.finfo(size.dtype).eps), maxiter=steps)[0]
+    return jax.tree.map(lambda x: x * size, w)
 
 
 def residual(product: Callable[[Params], Params], vector: Params, cg_steps: int) -> jax.Array:
-    """|A w - v| / |v| after 0, 1, ..., cg_steps conjugate-gradient steps on A w = v, [cg_steps + 1].
+    """|A w - v| / |v| after 0, 1, ..., cg_steps conjugate-gradient steps on A w = v, [cg_steps + 1]; 0 where v is.
 
     What the outer derivative solves: u -> A u is `product`, (∇²L(φ) + λI) u at the adapted φ, and v, `vector`, the gradient of
     the query loss there.
     """
 
+    length = optax.tree.norm(vector)
+
     def after(steps: int):
         w = _cg(product, vector, steps) if steps else jax.tree.map(jnp.zeros_like, vector)
-        return optax.tree.norm(jax.tree.map(jnp.subtract, product(w), vector)) / optax.tree.norm(vector)
+        return optax.tree.norm(jax.tree.map(jnp.subtract, product(w), vector)) / jnp.where(length > 0, length, 1)
 
     return jnp.stack([after(i) for i in range(cg_steps + 1)])

@@ -97,13 +97,14 @@ def switched(until: int, before: Objective, after: Objective) -> Objective:
     def objective(meta_params, task, key, step):
         return lax.cond(step < until, before, after, meta_params, task, key, step)
 
+    objective.defines_update = any(getattr(part, "defines_update", False) for part in (before, after))
     return objective
 
 
 def annealed(
     loss: Loss, adapt: Adapt, until: int, before: Callable, after: Callable, early: Adapt | None = None
 ) -> Objective:
-    """`switched` as a configuration has it: objectives of (loss, adapt), and the inner loop that `before` has, if another."""
+    """`switched` for a config: `before` and `after` make objectives of (loss, adapt); `before` takes `early` if given."""
     return switched(until, before(loss, early or adapt), after(loss, adapt))
 
 
@@ -122,6 +123,10 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int 
         first-order MAML as in the authors' code, whose query set is the last minibatch.
 
     `objective.defines_update` says that this is no program whose derivative is meant: no Hessian, no central differences.
+
+    Raises:
+      ValueError: for another `norm` or `last`; when traced, for adapted parameters that are not shaped as the meta-parameters,
+        and a `last` of more steps than the inner loop has.
     """
     check_norm(norm)
     if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
@@ -135,10 +140,10 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int 
         else:
             adapted = adapt(loss, meta_params, task.support, key_adapt)
             end = adapted.params
-        if jax.tree.structure(end) != jax.tree.structure(meta_params):
+        if jax.tree.map(jnp.shape, end) != jax.tree.map(jnp.shape, meta_params):
             raise ValueError(
                 "parameter_distance: this inner loop has parameters of its own, which no distance moves (learned step sizes, "
-                "low_rank); use query_loss, or inner_loop.carried_state"
+                "low_rank, per_step); use query_loss, or inner_loop.carried_state"
             )
         if last is not None:
             end = _last_moved(meta_params, end, adapted.trace.params, last)

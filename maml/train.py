@@ -28,6 +28,7 @@ MetaStep = Callable[[MetaState, Sampler], tuple[MetaState, Metrics]]
 
 
 def init(params: Params, optimizer: optax.GradientTransformation, key: Key) -> MetaState:
+    """The state before the first meta-step; `params` are all meta-parameters (`types.initial`), `key` the root of all keys."""
     return MetaState(jnp.zeros((), jnp.int32), key, params, optimizer.init(params))
 
 
@@ -53,8 +54,8 @@ def meta_step(
     Raises:
       ValueError: for a meta_batch below 1, devices that do not divide it or are not there, a chunk that does not divide a part.
     """
-    if meta_batch < 1:
-        raise ValueError(f"meta_batch={meta_batch}: give 1 task or more")
+    if not isinstance(meta_batch, int) or isinstance(meta_batch, bool) or meta_batch < 1:
+        raise ValueError(f"meta_batch={meta_batch!r}: give a whole number of tasks, 1 or more")
     mesh, part = tasks_mesh(devices), tasks_each(meta_batch, devices)
     check_chunk(task_chunk, part)
 
@@ -77,6 +78,7 @@ def meta_step(
 
 
 def check_chunk(task_chunk: int | str, count: int) -> None:
+    """ValueError for other than auto, all, or a divisor of the number of tasks."""
     if task_chunk in ("auto", "all"):
         return
     if not isinstance(task_chunk, int) or isinstance(task_chunk, bool) or task_chunk < 1 or count % task_chunk:
@@ -232,7 +234,8 @@ def compile_loop(step: MetaStep):
 
 
 def _empty(metrics: Mapping[str, Any]) -> Window:
-    return Window(jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, v.dtype) for k, v in metrics.items()})
+    wide = {k: jnp.promote_types(v.dtype, jnp.float32) for k, v in metrics.items()}  # also of counts and flags
+    return Window(jnp.zeros((), jnp.int32), {k: jnp.zeros(v.shape, wide[k]) for k, v in metrics.items()})
 
 
 class _Lengths:

@@ -159,6 +159,11 @@ def test_a_table_of_a_paper_is_one_glob():
         assert expanded(other) == other
 
 
+def test_an_algorithm_is_one_complete_file():
+    for file in (CONF / "algorithm").glob("*.yaml"):
+        assert "defaults" not in yaml.safe_load(file.read_text()), file.name
+
+
 def test_files_lie_in_groups_that_the_defaults_name():
     defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     groups = {next(iter(entry)) for entry in defaults if isinstance(entry, dict)}

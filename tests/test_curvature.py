@@ -35,7 +35,7 @@ from maml.curvature import (
     update_singular_values,
 )
 from maml.derivatives import first_order, mixed, reverse
-from maml.inner_loop import unroll
+from maml.inner_loop import only, per_step, unroll
 from maml.losses import cross_entropy, mse, semi_gradient, td0
 from maml.models import MLP, functional
 from maml.objectives import query_loss
@@ -453,6 +453,21 @@ def test_a_quadratic_does_what_its_path_predicts(name):
         kappa = gradient @ curve @ gradient / squared
         assert path.curvature[0] == pytest.approx(kappa)
         assert path.predicted[0] == pytest.approx(0.1 * squared * (1 - 0.1 * kappa / 2))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_path_of_a_loop_with_rows_is_at_the_row_of_each_step():
+    """A loss a·w²/2, a of the rows: before step i it is aᵢwᵢ²/2, after it aᵢ((1 - αaᵢ)wᵢ)²/2, and its curvature aᵢ."""
+    rows, alpha = np.array([1.0, 2.0, 3.0]), 0.1
+    adapt = per_step(nnx.PathContains("a"), 3, only(nnx.PathContains("w"), unroll(optax.sgd(alpha), 3)))
+    loss = lambda p, b, k: (p["a"] * p["w"] ** 2 / 2 + 0 * b, {})  # noqa: E731, ARG005
+    path = adaptation_path(adapt, loss, {"a": jnp.asarray(rows), "w": jnp.float64(2.0)}, jnp.float64(0), KEY)
+    w = 2.0 * np.cumprod([1, *(1 - alpha * rows)])
+    np.testing.assert_allclose(path.loss, rows * w[:-1] ** 2 / 2)
+    np.testing.assert_allclose(path.actual, rows * (w[:-1] ** 2 - w[1:] ** 2) / 2)
+    np.testing.assert_allclose(path.predicted, path.actual)
+    np.testing.assert_allclose(path.step_norm, w[:-1] - w[1:])
+    np.testing.assert_allclose(path.curvature, rows)
 
 
 @pytest.mark.usefixtures("x64")

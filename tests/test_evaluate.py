@@ -49,6 +49,12 @@ def test_chunks_do_not_change_the_numbers(chunk):
         assert other[name].mean == pytest.approx(value.mean, rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, -1, True])
+def test_a_chunk_is_a_number_of_tasks(chunk):
+    with pytest.raises(ValueError, match=f"chunk={chunk!r}: give a whole number of tasks"):
+        evaluate(jnp.array([[0.0]]), lines, line_loss(), unroll(optax.sgd(0.1), PROTOCOL.steps), PROTOCOL, chunk)
+
+
 def test_an_ensemble_is_the_mean_of_outputs_and_each_model_adapts_by_itself():
     """Of lines through 0 it is the line of the mean slope: of slopes 1 and -1, which are both wrong, that of slope 0."""
     loss, adapt = line_loss(), unroll(optax.sgd(0.1), 3)
@@ -110,7 +116,17 @@ def test_the_hash_names_the_protocol():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tasks": 0}, {"shots": -1}, {"queries": 0}, {"steps": -1}, {"norm": "running"}, {"prototypes": "l1"}]
+    "wrong",
+    [
+        {"tasks": 0},
+        {"tasks": True},
+        {"batch": True},
+        {"shots": -1},
+        {"queries": 0},
+        {"steps": -1},
+        {"norm": "running"},
+        {"prototypes": "l1"},
+    ],
 )
 def test_a_wrong_protocol_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

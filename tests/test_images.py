@@ -213,6 +213,13 @@ def test_without_an_argument_data_are_where_tfds_has_them(tiny, tmp_path, monkey
         images.tfds_images("omniglot", size=28)
 
 
+@pytest.mark.usefixtures("no_tensorflow")
+def test_a_version_may_be_named_as_tfds_does(tiny):
+    assert len(images.tfds_images("omniglot:3.0.0", size=28, data_dir=tiny)[0].images) == 12
+    with pytest.raises(ValueError, match=r"name='omniglot:1.0.0': .*only: 3.0.0"):
+        images.tfds_images("omniglot:1.0.0", size=28, data_dir=tiny)
+
+
 class Builder:
     """A data set that is not there, and what happens on preparing it."""
 

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from maml.curvature import hvp
-from maml.implicit import implicit, residual
-from maml.inner_loop import learned, unroll
+from maml.implicit import _cg, implicit, residual
+from maml.inner_loop import from_zero, learned, learned_step_sizes, minibatches, only, unroll
 from maml.losses import mse, semi_gradient
 from maml.objectives import query_loss
 from maml.types import Task, initial
@@ -148,6 +148,42 @@ def test_memory_does_not_grow_with_the_inner_steps_as_that_of_the_unrolled_loop_
 def test_what_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         implicit(**({"search": unroll(optax.sgd(0.1), 1)} | wrong))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        only(lambda path, _: path[-1] == 0, unroll(optax.sgd(0.1), 1)),
+        from_zero(unroll(optax.sgd(0.1), 1)),
+        minibatches(2, unroll(optax.sgd(0.1), 1)),
+        learned_step_sizes(1, 0.1),
+    ],
+)
+def test_a_search_that_ends_at_no_optimum_of_all_parameters_is_refused(search):
+    with pytest.raises(ValueError, match="ends at no optimum of all parameters"):
+        implicit(search)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e12])
+def test_more_steps_than_the_krylov_space_has_dimensions_leave_the_solution(dtype, size):
+    """(aaᵀ + λI)⁻¹v, for 200 vectors v: two steps are exact, and in float32 what comes after them underflows."""
+    strength = jnp.asarray(0.01, dtype)
+    a, many = (random_like(i, jnp.zeros((n, 3), dtype)) for i, n in enumerate((1, 200)))
+    a, vectors = a[0], size * many
+    solve = jax.jit(jax.vmap(lambda v: _cg(lambda u: a * (a @ u) + strength * u, v, 20)))
+    matrix = np.outer(a, a).astype(np.float64) + float(strength) * np.eye(3)
+    expected = np.linalg.solve(matrix, np.asarray(vectors, np.float64).T).T
+    scale = np.linalg.norm(expected, axis=1, keepdims=True)
+    condition = np.linalg.cond(matrix)
+    np.testing.assert_allclose(
+        solve(vectors) / scale, expected / scale, atol=10 * condition * float(jnp.finfo(dtype).eps)
+    )
+    assert np.all(np.asarray(solve(0 * vectors)) == 0)
+
+
+def test_of_a_gradient_that_is_zero_nothing_is_left():
+    np.testing.assert_array_equal(residual(lambda u: 2 * u, jnp.zeros(3), 2), np.zeros(3))
 
 
 def test_a_semi_gradient_has_no_optimum():

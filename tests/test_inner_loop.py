@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 
 from maml.derivatives import first_order, mixed, reverse
-from maml.inner_loop import only, target_network, unroll
+from maml.inner_loop import minibatches, only, target_network, unroll
 from maml.losses import cross_entropy, mse, semi_gradient, td0
 from maml.models import MLP, Conv4, functional
 from maml.objectives import query_loss
+from maml.tasks import boyan_chain
 from maml.types import Task, Transitions
 from tests.helpers import (
     Quadratic,
@@ -202,6 +203,22 @@ def test_in_float32_too_the_meta_gradient_at_zero_gradient_is_finite(name):
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))
 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(adapted))(params)))
+
+
+def test_norms_of_parameters_that_are_zero_leave_the_meta_gradient_finite():
+    """Biases start at zero, where the derivative of their norm is infinite; the clipped step is that of optax."""
+    optimizer = optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1))
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros((1, 3))}
+    loss = mse(lambda p, x: x @ p["kernel"] + p["bias"])
+    support = (jnp.ones((4, 2)), jnp.zeros((4, 3)))
+    gradient = jax.grad(lambda p: loss(unroll(optimizer, 3)(loss, p, support, KEY).params, support, KEY)[0])(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    by_hand = params
+    for _ in range(3):
+        grads = jax.grad(lambda p: loss(p, support, KEY)[0])(by_hand)
+        by_hand = optax.apply_updates(by_hand, optimizer.update(grads, optimizer.init(by_hand), by_hand)[0])
+    adapted = unroll(optimizer, 3)(loss, params, support, KEY).params
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), adapted, by_hand)
 
 
 def image_task(seed: int, ways: int = 3, size: int = 16):
@@ -395,6 +412,23 @@ def test_a_target_network_keeps_the_optimizers_state_and_the_type_of_the_paramet
         by_hand = optax.apply_updates(by_hand, updates)
     np.testing.assert_allclose(adapted.params["a"], by_hand["a"], rtol=1e-5)
     assert adapted.trace.params["a"].shape == (5, 2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_target_network_sees_minibatches_as_the_plain_loop_does():
+    """With the target at hand in each step it is `unroll`, whose minibatches tests/test_learned.py has by hand."""
+    task = jax.tree.map(lambda x: x[0], boyan_chain(shots=10)(jax.random.split(KEY, 1)))
+    loss, params = td0(lambda p, x: x @ p["w"]), {"w": jnp.zeros((4, 1))}
+    ends = [
+        minibatches(5, loop)(loss, params, task.support, KEY).params["w"]
+        for loop in (
+            target_network(optax.sgd(0.1), 3),
+            unroll(optax.sgd(0.1), 3),
+            target_network(optax.sgd(0.1), 3, period=2),
+        )
+    ]
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
+    assert np.abs(ends[2] - ends[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize(

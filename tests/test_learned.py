@@ -341,6 +341,59 @@ def test_minibatches_go_through_the_support_set_once_before_any_example_comes_ag
         minibatches(0, unroll(optax.sgd(1.0), 1))
 
 
+def test_the_keys_of_shuffles_are_not_those_of_the_loss():
+    """The child i of a split key is the key folded with i: an example would depend on what the loss draws."""
+    drawn, shuffled = [], []
+
+    def loss(params, batch, key):
+        drawn.append(jax.random.key_data(key).tolist())
+        return jnp.sum(params * batch), {}
+
+    permutation = jax.random.permutation
+
+    def watched(key, count):
+        jax.debug.callback(lambda data: shuffled.append(data.tolist()), jax.random.key_data(key))
+        return permutation(key, count)
+
+    with jax.disable_jit(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "permutation", watched)
+        minibatches(2, unroll(optax.sgd(0.1), 3))(loss, jnp.zeros(2), jnp.ones(5), KEY)
+    jax.effects_barrier()
+    assert shuffled
+    assert [key for key in shuffled if key in drawn] == []
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("outside", ["minibatches", "per_step", "two of per_step"])
+def test_rows_and_minibatches_go_together_in_any_order(outside):
+    """One step of each minibatch by hand, with the rows of its step; the examples of a batch are those without rows."""
+    data = jnp.arange(1.0, 6.0)
+
+    def loss(params, batch, key):
+        del key
+        value = jnp.mean(params["a"] * params["b"] * (params["w"] - batch) ** 2) / 2
+        return value, {"loss": value}
+
+    base = only(lambda path, _: path[0] == "w", unroll(optax.sgd(0.1), 3))
+    a, b = (lambda adapt, name=name: per_step(nnx.PathContains(name), 3, adapt) for name in "ab")
+    adapt = {
+        "minibatches": lambda: minibatches(2, a(b(base))),
+        "per_step": lambda: a(b(minibatches(2, base))),
+        "two of per_step": lambda: a(minibatches(2, b(base))),
+    }[outside]()
+    params = {"a": jnp.array([1.0, 2.0, 3.0]), "b": jnp.array([0.5, 1.5, 1.0]), "w": jnp.float64(2.0)}
+    assert jax.tree.map(
+        jnp.shape, initial(adapt, jax.tree.map(lambda x: jnp.ones_like(x[..., 0]) if x.ndim else x, params), KEY)
+    )
+    path = adapt(loss, params, data, KEY).trace.params["w"]
+    plain = minibatches(2, unroll(optax.sgd(1.0), 3))
+    counts = plain(lambda p, i, k: (-jnp.sum(p[i]), {}), jnp.zeros(5), jnp.arange(5), KEY).trace.params  # noqa: ARG005
+    w = 2.0
+    for step, seen in enumerate(np.diff(np.asarray(counts), axis=0)):
+        w -= 0.1 * float(params["a"][step] * params["b"][step]) * np.average(w - np.asarray(data), weights=seen)
+        assert path[step + 1] == pytest.approx(w)
+
+
 @pytest.mark.usefixtures("x64")
 def test_reptile_moves_by_the_mean_displacement_and_carries_adams_state():
     """Three tasks on quadratics, outer SGD of step size ε on parameters and 1 on the state: by hand in NumPy."""

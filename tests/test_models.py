@@ -155,6 +155,40 @@ def test_inductive_statistics_are_those_of_the_reference():
     np.testing.assert_allclose(apply(Conditioned(params, support), support), apply(params, support), atol=1e-5)
 
 
+class Twice(nnx.Module):
+    """Calls one batch norm at two places."""
+
+    def __init__(self, rngs):
+        self.layer, self.norm = nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.norm(self.layer(self.norm(inputs)))
+
+
+def test_support_statistics_of_a_norm_that_is_called_twice_are_refused():
+    """They would be those of the last call, at both places."""
+    apply, params = functional(Twice(nnx.Rngs(0)))
+    support, query = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
+    for _ in range(2):  # what was refused leaves nothing behind
+        with pytest.raises(ValueError, match="calls a batch norm twice"):
+            apply(Conditioned(params, support), query)
+    joint = apply(Joint(params, support), query[:1])
+    np.testing.assert_allclose(joint[0], apply(params, np.concatenate([support, query[:1]]))[-1], atol=1e-6)
+
+
+def test_support_statistics_pass_through_rematerialised_layers():
+    class Remat(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.norm = nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, inputs):
+            return nnx.remat(lambda parts, x: parts[1](parts[0](x)))((self.layer, self.norm), inputs)
+
+    apply, params = functional(Remat(nnx.Rngs(0)))
+    support = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    np.testing.assert_allclose(apply(Conditioned(params, support), support), apply(params, support), atol=1e-5)
+
+
 def test_the_module_is_left_as_it_was():
     model = MLP((3,), 2, hidden=(4,), norm=nnx.BatchNorm, rngs=nnx.Rngs(1))
     before = jax.tree.map(np.asarray, nnx.state(model))

@@ -7,11 +7,11 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from maml.inner_loop import unroll
+from maml.inner_loop import only, per_step, unroll
 from maml.losses import cross_entropy, mse
 from maml.models import MLP, functional
-from maml.objectives import query_loss
-from maml.types import Task
+from maml.objectives import annealed, parameter_distance, query_loss
+from maml.types import Task, initial
 
 KEY = jax.random.key(0)
 
@@ -73,3 +73,20 @@ def test_inductive_statistics_need_an_apply_that_takes_them():
     objective = query_loss(mse(module.apply), unroll(optax.sgd(0.1), 1), "support")
     with pytest.raises(ValueError, match="maml.models.functional"):
         objective(module.init(KEY, jnp.ones((1, 1))), line_task(), KEY, 0)
+
+
+def test_no_distance_of_rows_is_taken_from_one_of_them():
+    """A subtraction would broadcast [rows, ...] against the adapted [...]."""
+    loss = mse(lambda p, x: (x * p["g"]) @ p["w"])
+    rows = per_step(nnx.PathContains("g"), 3, only(nnx.PathContains("w"), unroll(optax.sgd(0.1), 3)))
+    params = initial(rows, {"g": jnp.ones((1, 1)), "w": jnp.ones((1, 1))}, KEY)
+    with pytest.raises(ValueError, match="parameters of its own, which no distance moves"):
+        parameter_distance(loss, rows)(params, line_task(), KEY, 0)
+
+
+def test_an_objective_that_becomes_a_distance_defines_an_update():
+    loss, adapt = mse(lambda w, x: w * x), unroll(optax.sgd(0.1), 1)
+    kinds = {name: annealed(loss, adapt, 5, *of) for name, of in {
+        "none": (query_loss, query_loss), "first": (parameter_distance, query_loss), "then": (query_loss, parameter_distance),
+    }.items()}  # fmt: skip
+    assert {name: kind.defines_update for name, kind in kinds.items()} == {"none": False, "first": True, "then": True}

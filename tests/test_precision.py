@@ -83,6 +83,17 @@ def test_a_thousand_meta_steps_of_a_convolutional_network_stay_finite_and_learn(
     assert logged[1000] < 0.8 * logged[1]
 
 
+@pytest.mark.usefixtures("x64")
+def test_float64_is_rounded_too():
+    loss, params, task = jax.tree.map(lambda x: x.astype(jnp.float64) if hasattr(x, "astype") else x, smooth_problem())
+    low, full = (
+        ravel_pytree(unroll(optax.sgd(0.1), 3, precision=p)(loss, params, task.support, KEY).params)[0]
+        for p in ("bfloat16", "float32")
+    )
+    assert low.dtype == full.dtype == jnp.float64
+    assert 1e-6 < np.abs(low - full).max() < 1e-2
+
+
 def test_another_precision_is_refused():
     with pytest.raises(ValueError, match="precision='float16': give float32 or bfloat16"):
         unroll(optax.sgd(0.1), 1, precision="float16")

@@ -437,6 +437,30 @@ def test_flips_clipped_and_noise_by_hand():
     assert np.all(np.isfinite(others))
 
 
+@pytest.mark.parametrize(
+    ("make", "x", "clipped"),
+    [  # ends of the grid and half a step: 2 mean|x|; 1.5 times the mean of the large; -8.5/4 and 7.5/4
+        (lambda: q.binary(), [0.01, 0.2, -0.3, 0.5], 0),
+        (lambda: q.binary(), [0.1, -0.1, 0.1, 2.0], 0.25),
+        (lambda: q.ternary(), [0.35, 0.34, 1.0, -1.0, 0.9, 0.4], 0),
+        (lambda: q.ternary(), [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -3.0], 0.125),
+        (lambda: q.uniform(4, scale=0.25), [-2.12, -2.13, 1.87, 1.88], 0.5),
+        (lambda: q.uniform(4, scale=0.25, zero_point=-2), [-1.62, -1.63, 2.37, 2.38], 0.5),
+    ],
+)
+def test_clipped_is_what_lies_beyond_the_ends_of_the_grid(make, x, clipped):
+    assert float(q.clipped_fraction({"kernel": jnp.array(x)}, make())) == clipped
+
+
+@pytest.mark.parametrize(("signed", "inside"), [(True, (-1.12, 0.87)), (False, (-0.12, 3.87))])
+def test_clipped_of_a_learned_step(signed, inside):
+    quantizer = q.learned(3 if signed else 4, signed=signed, parametrization="log")
+    low, high = inside
+    x = jnp.array([low, low - 0.01, high, high + 0.01])
+    params = {"layer": {"kernel": x, "dot_general": {"scale": jnp.log(0.25)}}}
+    assert float(q.clipped_fraction(params, quantizer, "kernel")) == 0.5
+
+
 def test_metrics_of_the_codes_in_the_trace():
     params = {"kernel": jnp.array([[0.0, 1.0], [0.5, -0.5]]), "bias": jnp.ones(2)}
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -279,6 +280,45 @@ def test_tasks_of_varied_ways_and_shots(classifier, tmp_path):
         evaluate.evaluate_run(tmp_path, ["evaluation.least_ways=0", "evaluation.ways=2"])
 
 
+def brightness(apply):
+    """A loss that reports the mean of its inputs."""
+
+    def loss(params, batch, key):
+        del key
+        return jnp.mean(jnp.square(apply(params, batch[0]))), {"brightness": jnp.mean(batch[0])}
+
+    return loss
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_training_validation_and_test_see_the_classes_of_their_splits_alone(tmp_path):
+    shades = {"meta_train": 51, "meta_valid": 102, "meta_test": 204}
+    for split, shade in shades.items():
+        names = [f"{split}{i}" for i in range(2)]
+        for name in names:
+            (tmp_path / "images" / name).mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+        (tmp_path / "images" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    overrides = [
+        *("task=image_folder", f"task.data_dir={tmp_path / 'images'}", "task.image_size=8", "task.channels=1"),
+        *("task.ways=2", "task.queries=1", f"+task.cache_dir={tmp_path / 'cache'}", "model.hidden=[8]", "debug=short"),
+        *(
+            "task.loss._target_=tests.test_run.brightness",
+            "evaluation=finn2017",
+            "evaluation.steps=1",
+            "evaluation.tasks=3",
+        ),
+        *("trainer.validate_every=2", "trainer.validation_tasks=3", "trainer.meta_batch=2", "algorithm.step_size=0.01"),
+    ]
+    left = run.run(config(*overrides), tmp_path)
+    seen = {name: value for row in rows(tmp_path) for name, value in row.items()}
+    seen |= {name: value["mean"] for name, value in left["metrics"].items()}
+    names = ("meta_train/query", "meta_train/support", "meta_valid/step_1", "meta_test/step_1")
+    found = {name: seen[f"{name}/brightness"] for name in names}
+    assert found == pytest.approx({name: shades[name.split("/")[0]] / 255 for name in names}, abs=1e-6)
+
+
 def test_a_classifier_leaves_accuracies_and_pictures(classifier):
     left = summary(classifier)
     assert {f"meta_test/step_{k}/{m}" for k in range(3) for m in ("loss", "accuracy")} == set(left["metrics"])
@@ -353,7 +393,7 @@ def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier)
     assert "rotations=per_class" in turned["protocol"]["task"]
     assert turned["metrics"] != summary(classifier)["metrics"]
     assert "algorithm maml takes the whole support set" in refusal(classifier, "evaluation.batch=2")
-    assert "evaluation.batch=0: give 1 or more" in refusal(classifier, "evaluation.batch=0")
+    assert "evaluation.batch=0: give a whole number, 1 or more" in refusal(classifier, "evaluation.batch=0")
     assert "give 'none', 'per_class'" in refusal(classifier, "evaluation.rotations=some")
     other = config(*SMALL, "algorithm=fomaml", "+algorithm.batch=3", "evaluation.batch=2")
     with pytest.raises(ValueError, match="algorithm fomaml takes the whole support set"):

@@ -60,6 +60,42 @@ def test_chunks_are_execution_and_not_mathematics(chunk):
         assert float(values[1][name]) == pytest.approx(float(value), rel=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_batch_norm_under_the_map_is_that_of_each_task_alone(chunk):
+    """The mean of meta-gradients that were computed one by one, without any map."""
+    apply, params = functional(MLP((1,), 1, hidden=(8,), norm=nnx.BatchNorm, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    objective = query_loss(mse(apply), unroll(optax.sgd(0.1), 1))
+    tasks = sinusoid(shots=5, queries=5)(jax.random.split(ROOT, 4))
+    step = train.meta_step(objective, optax.sgd(1.0), meta_batch=4, task_chunk=chunk)
+    state, _ = jax.jit(lambda s: step(s, lambda _: tasks))(train.init(params, optax.sgd(1.0), ROOT))
+    each = [
+        jax.grad(lambda p, i=i: objective(p, jax.tree.map(lambda x: x[i], tasks), ROOT, 0)[0])(params) for i in range(4)
+    ]
+    expected = jax.tree.map(lambda *g: sum(g) / 4, *each)
+    moved = jax.tree.map(jnp.subtract, params, state.params)
+    size = float(optax.tree.norm(expected))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, moved, expected))) < 1e-10 * size
+
+
+def test_the_mean_of_a_flag_is_the_share_of_its_steps():
+    """A sum of booleans would be their disjunction."""
+
+    def objective(params, task, key, step):
+        del task, key
+        return jnp.sum(params**2), {"late": step >= 3, "count": step}
+
+    step = train.meta_step(objective, optax.sgd(0.0), meta_batch=1)
+    logged = []
+    train.fit(
+        start(step, jnp.ones(2), optax.sgd(0.0), sinusoid()), step, sinusoid(), steps=5, log_every=5,
+        log=lambda _, metrics: logged.append(metrics),
+    )  # fmt: skip
+    assert logged[1]["late"] == pytest.approx(2 / 4)  # of the steps 1, 2, 3, 4; the first was logged alone
+    assert logged[1]["count"] == pytest.approx(2.5)
+
+
 def test_the_tasks_of_a_step_are_a_function_of_root_and_step():
     seen = []
 
@@ -224,7 +260,8 @@ def test_data_of_a_sampler_are_an_argument_and_no_constant():
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"meta_batch": 0}, "meta_batch=0"), ({"meta_batch": 4, "task_chunk": 3}, r"task_chunk=3.*\[1, 2, 4\]"),
+    [({"meta_batch": 0}, "meta_batch=0"), ({"meta_batch": True}, "meta_batch=True"),
+     ({"meta_batch": 4, "task_chunk": 3}, r"task_chunk=3.*\[1, 2, 4\]"),
      ({"meta_batch": 4, "task_chunk": "some"}, "task_chunk='some'")],
 )  # fmt: skip
 def test_wrong_sizes_are_refused_at_the_factory(kwargs, message):

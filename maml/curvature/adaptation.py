@@ -4,14 +4,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from maml.curvature.matrices import Function
 from maml.curvature.products import Matvec, hvp, of_loss
-from maml.curvature.spectra import Spectrum, dot, lanczos
-from maml.types import Adapt, Batch, Key, Loss, Params, Task
+from maml.curvature.spectra import Spectrum, lanczos
+from maml.types import Adapt, Batch, Key, Loss, MetaParams, Params, Task
 
 
 class Path(NamedTuple):
@@ -36,12 +37,16 @@ class Path(NamedTuple):
 def adaptation_path(adapt: Adapt, loss: Loss, params: Params, support: Batch, key: Key) -> Path:
     """The path of an inner loop of any optimizer: one Hessian-vector product for each step, at the key of that step.
 
+    Parameters with a row for each step (`inner_loop.per_step`) are those of the step; it does not move them.
+
     Raises:
       ValueError: for a semi-gradient, whose field has no Hessian.
     """
     of_loss(loss, support, key)
     path = adapt(loss, params, support, key).trace.params
-    before, after = (jax.tree.map(lambda x, part=part: x[part], path) for part in (slice(-1), slice(1, None)))
+    after = jax.tree.map(lambda x: x[1:], path)
+    start = params.params if isinstance(params, MetaParams) else params
+    before = jax.tree.map(lambda x, of: x[:-1] if x.shape[1:] == of.shape else x[1:], path, start)
     count = len(jax.tree.leaves(after)[0])
 
     def one(each):
@@ -49,14 +54,14 @@ def adaptation_path(adapt: Adapt, loss: Loss, params: Params, support: Batch, ke
         f = of_loss(loss, support, key)
         step = jax.tree.map(jnp.subtract, there, here)
         value, gradient = jax.value_and_grad(f)(here)
-        length, bend = dot(step, step), dot(step, hvp(f, here)(step))
+        length, bend = optax.tree.vdot(step, step), optax.tree.vdot(step, hvp(f, here)(step))
         curvature = jnp.where(length > 0, bend / jnp.where(length > 0, length, 1), 0)
         return Path(
             loss=value,
-            gradient_norm=jnp.sqrt(dot(gradient, gradient)),
+            gradient_norm=optax.tree.norm(gradient),
             step_norm=jnp.sqrt(length),
             curvature=curvature,
-            predicted=-dot(gradient, step) - bend / 2,
+            predicted=-optax.tree.vdot(gradient, step) - bend / 2,
             actual=value - f(there),
         )
 
@@ -149,6 +154,6 @@ class Comparison(NamedTuple):
 def first_order_comparison(full: Function, first_order: Function, params: Params) -> Comparison:
     """What first order drops: two objectives of the meta-parameters whose inner loops differ in their derivative alone."""
     a, b = jax.grad(full)(params), jax.grad(first_order)(params)
-    squares: Any = dot(a, a), dot(b, b)
+    squares: Any = optax.tree.vdot(a, a), optax.tree.vdot(b, b)
     norm = jnp.sqrt(squares[0] * squares[1])
-    return Comparison(dot(a, b) / jnp.where(norm > 0, norm, 1), jnp.sqrt(squares[1] / squares[0]))
+    return Comparison(optax.tree.vdot(a, b) / jnp.where(norm > 0, norm, 1), jnp.sqrt(squares[1] / squares[0]))

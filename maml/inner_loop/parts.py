@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from maml.random import key_for
 from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded
 
 
@@ -120,7 +121,7 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
     one shuffle and the start of the next); a set of at most `size` examples is taken whole. Shuffles depend on the task's key.
 
     Raises:
-      ValueError: for a size below 1; when traced, for a loss that sees the number of the step in another way (`per_step`).
+      ValueError: for a size below 1, and a loop that carries a state; when traced, for tasks of varied sizes.
     """
     if hasattr(adapt, "carried"):
         raise ValueError("minibatches: this loop carries a state from task to task; give its size to carried_state")
@@ -131,8 +132,6 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
         count = len(jax.tree.leaves(support)[0])
         if count <= size:
             return adapt(loss, params, support, key)
-        if getattr(loss, "indexed", False):
-            raise ValueError("minibatches: put it outside of per_step")
         if padded(support):
             raise ValueError(
                 "minibatches: inputs are Padded, and absent examples would fill them: draw tasks of one size"
@@ -140,15 +139,24 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
 
         def part(indexed: Indexed):
             position = indexed.step * size + jnp.arange(size)
-            shuffles = position[0] // count + jnp.arange(2 + (size - 1) // count)  # all that a batch can meet
-            orders = jax.vmap(lambda i: jax.random.permutation(jax.random.fold_in(indexed.key, i), count))(shuffles)
+            shuffles = position[0] // count + jnp.arange(2)  # all that a batch can meet
+            keys = jax.vmap(lambda i: key_for(indexed.key, "minibatches", i))(
+                shuffles
+            )  # none that a step gives to the loss
+            orders = jax.vmap(lambda key: jax.random.permutation(key, count))(keys)
             chosen = orders[position // count - shuffles[0], position % count]
-            return jax.tree.map(lambda x: x[chosen], indexed.batch)
+            batch = jax.tree.map(lambda x: x[chosen], indexed.batch)
+            return _as_met(loss, indexed._replace(batch=batch))
 
         return adapt(_seen(loss, lambda params, _: params, part, indexed=True), params, support, key)
 
     adapt_on_minibatches.init = lambda params, key: initial(adapt, params, key)
     return adapt_on_minibatches
+
+
+def _as_met(loss: Loss, indexed: Indexed) -> Any:
+    """What the loss asks for: the batch, or with it the number of the step."""
+    return indexed if getattr(loss, "indexed", False) else indexed.batch
 
 
 def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
@@ -177,16 +185,13 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
         return jax.tree.map_with_path(one, params)
 
     def adapt_with_rows(loss: Loss, params, support, key) -> Adapted:
-        if getattr(loss, "indexed", False):
-            raise ValueError("per_step: this loss sees the number of the step already (minibatches, another per_step)")
-
         def at(params, step):
             return on_rows(lambda x: x[jnp.clip(step, 0, x.shape[0] - 1)], params)
 
         def row(params, indexed):
             return at(params, 0 if indexed is None else indexed.step)
 
-        of_row = _seen(loss, row, lambda indexed: indexed.batch, indexed=True)
+        of_row = _seen(loss, row, lambda indexed: _as_met(loss, indexed), indexed=True)
         adapted, (path, metrics) = adapt(of_row, params, support, key)
         steps = len(jax.tree.leaves(path)[0]) - 1
         stacked = min(len(x) for x in _selected(adapted, selects))

@@ -58,7 +58,9 @@ def target_network(
         def of_both(both, targets, batch, key):
             return two(both.online, targets.target, batch, key)
 
-        adapted = adapt_both(semi_gradient(of_both), WithTarget(params, params), support, key)
+        both: Any = semi_gradient(of_both)
+        both.indexed = getattr(loss, "indexed", False)
+        adapted = adapt_both(both, WithTarget(params, params), support, key)
         return Adapted(adapted.params.online, Trace(adapted.trace.params.online, adapted.trace.metrics))
 
     return adapt

@@ -1,8 +1,7 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +23,8 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     is `apply.features(params, inputs)`: what its head sees.
 
     Raises:
-      ValueError: for a module that holds random state (dropout): `apply` has no key to draw from.
+      ValueError: for a module that holds random state (dropout): `apply` has no key to draw from; `apply` itself where a model
+        calls a batch norm twice, for `Conditioned` parameters.
     """
     apply: Any
     apply, params = pure(model, lambda model, inputs: model(inputs))
@@ -34,7 +34,11 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
 
 
 def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Params]:
-    """`functional` of call(model, inputs) -> pytree of [batch, ...] in place of model(inputs). `call` may change the module."""
+    """`functional` of call(model, inputs) -> pytree of [batch, ...] in place of model(inputs). `call` may change the module.
+
+    Raises:
+      ValueError: as `functional`.
+    """
     model = nnx.clone(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.BatchNorm):
@@ -56,7 +60,7 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
             return _on_present(call, nnx.merge(graphdef, params, state), inputs)
         model, reference = nnx.merge(graphdef, params.params, state), params.reference
         if isinstance(params, Conditioned):
-            _on_present(lambda model, inputs: model(inputs), model, reference)
+            _on_present(lambda model, inputs: model(inputs), model, reference, once=True)
             model.set_attributes(nnx.BatchNorm, use_running_average=True, raise_if_not_found=False)
         settled, state = nnx.split(model)
 
@@ -74,35 +78,56 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
     return apply, params
 
 
-def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any) -> Any:
-    """call(model, inputs), whose batch norm takes only the present ones of `Padded` inputs."""
-    if not isinstance(inputs, Padded):
+def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any, *, once: bool = False) -> Any:
+    """call(model, inputs), whose batch norm takes only the present ones of `Padded` inputs.
+
+    once: a batch norm that is called twice is refused, for what it keeps are the statistics of its last call.
+    """
+    seen = []  # the norms themselves: an id alone may be that of a later object
+
+    def around(own, x, *args, **kwargs):
+        if any(norm is own.args[0] for norm in seen):
+            raise ValueError(
+                "this model calls a batch norm twice, and one set of support statistics cannot serve both calls: give each call "
+                "a norm of its own, or take norm=batch or joint"
+            )
+        seen.extend(own.args if once else ())
+        if isinstance(inputs, Padded):
+            kwargs["mask"] = inputs.present.reshape(-1, *[1] * (x.ndim - 1))
+        return own(x, *args, **kwargs)
+
+    if not (once or isinstance(inputs, Padded)):
         return call(model, inputs)
-    with _seen_by_norms(model, inputs.present):
-        return call(model, inputs.inputs)
-
-
-@contextmanager
-def _seen_by_norms(model: nnx.Module, present: jax.Array) -> Iterator[None]:
-    """Inside, the statistics of every batch norm are those of the examples that are present [batch]."""
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]
-    kinds = [type(norm) for norm in norms]
-    for norm, kind in zip(norms, kinds, strict=True):
-        object.__setattr__(norm, "__class__", _masked(kind))
-        vars(norm)["_present"] = present
-    yield
-    for norm, kind in zip(norms, kinds, strict=True):
-        del vars(norm)["_present"]
-        object.__setattr__(norm, "__class__", kind)
+    for norm in norms:
+        hook(norm, around)
+    result = call(model, inputs.inputs if isinstance(inputs, Padded) else inputs)
+    for norm in norms:
+        unhook(norm)
+    return result
+
+
+def hook(module: nnx.Module, around: Callable) -> None:
+    """From now on module(*args) is around(own, *args), where own(*args) is what it was. The module becomes one of a subclass."""
+    if before := vars(module).get("_around"):
+        vars(module)["_around"] = lambda own, *args, **kwargs: around(functools.partial(before, own), *args, **kwargs)
+    else:
+        vars(module)["_around"] = around
+        object.__setattr__(module, "__class__", _hooked(type(module)))
+
+
+def unhook(module: nnx.Module) -> None:
+    """Undo every `hook` of the module."""
+    del vars(module)["_around"]
+    object.__setattr__(module, "__class__", type(module).__bases__[0])
 
 
 @functools.cache
-def _masked(kind: type) -> type:
-    """The batch norm, with a mask on examples. One for each kind: NNX registers every class for good."""
+def _hooked(kind: type) -> type:
+    """The class with hooked calls. One for each kind: NNX registers every class for good."""
 
-    def call(self, x, *args, **kwargs):
-        mask = vars(self)["_present"].reshape(-1, *[1] * (x.ndim - 1))
-        return kind.__call__(self, x, *args, mask=mask, **kwargs)
+    def call(self, *args, **kwargs):
+        return vars(self)["_around"](functools.partial(kind.__call__, self), *args, **kwargs)
 
     return type(kind)(kind.__name__, (kind,), {"__call__": call})
 

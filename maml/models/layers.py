@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from maml.models.functional import pure
+from maml.models.functional import hook, pure
 from maml.types import Params
 
 LAYERS = (nnx.Linear, nnx.Conv)
@@ -85,17 +85,10 @@ def _listen(model: nnx.Module, which: Callable, heard: Callable[[str, nnx.Module
     """
     for path, module in list(nnx.iter_modules(model)):
         if which(module):
-            vars(module)["_heard"] = functools.partial(heard, "/".join(map(str, path)), module)
-            object.__setattr__(module, "__class__", _listening(type(module)))
+            hook(module, functools.partial(_hearing, functools.partial(heard, "/".join(map(str, path)), module)))
 
 
-@functools.cache
-def _listening(kind: type) -> type:
-    """The class, whose calls are heard. One for each: NNX registers every class for good."""
-
-    def call(self, *args, **kwargs):
-        output = kind.__call__(self, *args, **kwargs)
-        vars(self)["_heard"](output)
-        return output
-
-    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+def _hearing(heard: Callable, own: Callable, *args, **kwargs):
+    output = own(*args, **kwargs)
+    heard(output)
+    return output

@@ -55,10 +55,12 @@ def code_flips(before: Params, after: Params, quantizer: Quantizer | Learned, wh
 
 
 def clipped_fraction(params: Params, quantizer: Quantizer | Learned, where: Where = "") -> Float[Array, ""]:
-    """The share of values that lie outside of the grid: further than half a step from their point."""
+    """The share of values that lie outside of the grid: more than half a step beyond its ends."""
+    low, high = quantizer.within
 
     def outside(x, codes):
-        return jnp.abs(x - decode(codes)) > 0.5001 * codes.scale  # 1e-4 of a step for roundings
+        at = wide(x) / codes.scale + codes.zero_point
+        return (at < low - 1e-4) | (at > high + 1e-4)  # 1e-4 of a step for roundings
 
     return _share(list(map(outside, selected(params, where).values(), encoded(params, quantizer, where).values())))
 

@@ -32,7 +32,8 @@ def uniform(
         clip(round(x / scale) + zero_point), and `symmetric` and `axis` say nothing.
       clip: with a fixed scale: the derivative is zero where x lies outside of the grid; or else it is one everywhere. Where
         the scale is found from x nothing lies outside by more than half a step, and the derivative is one.
-      stochastic: rounds up with the probability of the fractional part, so that the mean is x; calls need a key.
+      stochastic: rounds up with the probability of the fractional part, so that the mean is x inside of the grid (outside of an
+        asymmetric one lies up to half a step, at one end); calls need a key.
 
     Raises:
       ValueError: for other bits, a scale that is not positive, a zero point that is no code, clip without a fixed scale; at the
@@ -63,7 +64,7 @@ def uniform(
         step, zero = (lax.stop_gradient(a).astype(x.dtype) for a in grid(wide(x)))
         return _where_inside(x, (low - zero) * step, (high - zero) * step)
 
-    return Quantizer(encode, inside if clip else identity)
+    return Quantizer(encode, (low - 0.5, high + 0.5), inside if clip else identity)
 
 
 def binary(axis: int | None = None, clip: bool = False) -> Quantizer:
@@ -77,7 +78,7 @@ def binary(axis: int | None = None, clip: bool = False) -> Quantizer:
         codes = jnp.where(x >= 0, 1, -1).astype(jnp.int8)
         return Codes(codes, jnp.mean(jnp.abs(wide(x)), _others(x, axis), keepdims=True), jnp.zeros((), jnp.int32))
 
-    return Quantizer(encode, (lambda x: _where_inside(x, -1.0, 1.0)) if clip else identity)
+    return Quantizer(encode, (-2.0, 2.0), (lambda x: _where_inside(x, -1.0, 1.0)) if clip else identity)
 
 
 def ternary(axis: int | None = None) -> Quantizer:
@@ -91,7 +92,7 @@ def ternary(axis: int | None = None) -> Quantizer:
         scale = jnp.sum(jnp.where(large, size, 0), over, keepdims=True) / count.astype(size.dtype)
         return Codes(jnp.where(large, jnp.sign(x), 0).astype(jnp.int8), scale, jnp.zeros((), jnp.int32))
 
-    return Quantizer(encode)
+    return Quantizer(encode, (-1.5, 1.5))
 
 
 def _symmetric(x, axis, low, high):

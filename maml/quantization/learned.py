@@ -70,13 +70,22 @@ class Learned:
         """The step."""
         return self.positive[0](parameter)
 
+    @property
+    def within(self) -> tuple[float, float]:
+        """As of a `Quantizer`."""
+        low, high = lsq_range(self.bits, self.signed)
+        return low + self._zero - 0.5, high + self._zero + 0.5
+
+    @property
+    def _zero(self) -> int:
+        return 0 if self.signed else -(2 ** (self.bits - 1))
+
     def encode(self, x: Array, parameter: Array) -> Codes:
         """The integers, of which those that are unsigned are kept in int8 with the zero point -2ᵇ⁻¹."""
         low, high = lsq_range(self.bits, self.signed)
-        zero = 0 if self.signed else -(2 ** (self.bits - 1))
         step = self.scale(parameter)
-        codes = jnp.clip(jnp.round(x / step), low, high) + zero
-        return Codes(codes.astype(jnp.int8), step, jnp.int32(zero))
+        codes = jnp.clip(jnp.round(x / step), low, high) + self._zero
+        return Codes(codes.astype(jnp.int8), step, jnp.int32(self._zero))
 
     def __call__(self, x: Array, parameter: Array) -> Array:
         return lsq(x, self.scale(parameter), self.bits, self.signed)

@@ -24,5 +24,8 @@ def kernel_quantizer(bits: int, scale: str = "channel") -> Quantizer | Learned |
 
 
 def input_quantizer(bits: int | None) -> Quantizer | None:
-    """For inputs of a layer: asymmetric, a range for each example, so that none changes another's codes. None for None and 32."""
+    """For inputs of a layer: asymmetric, a range for each example, so that none changes another's codes. None for None and 32.
+
+    The range is over all positions of a sequence: a causal model would see through it what is to come.
+    """
     return None if bits in (None, FULL) else uniform(bits, symmetric=False, axis=0)

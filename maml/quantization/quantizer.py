@@ -58,11 +58,13 @@ def straight_through(f: Callable, surrogate: Callable = identity) -> Callable:
 class Quantizer:
     """x -> the nearest point of its grid, in x's shape and type, with the derivative of `surrogate`.
 
-    `encode(x, key)` gives the `Codes`; scales found from x are in there, and so are constants of the derivative.
+    `encode(x, key)` gives the `Codes`; scales found from x are in there, and so are constants of the derivative. `within`: the
+    least and the largest x / scale + zero_point that is nowhere clipped, half a step beyond the codes at the ends.
     `key` is for stochastic rounding alone: give the forward pass and its gradient the same, every inner step another.
     """
 
     encode: Callable[..., Codes]
+    within: tuple[float, float]
     surrogate: Callable = identity
 
     def __call__(self, x, key=None):

@@ -181,7 +181,7 @@ def _records(builder: Any, parts: str) -> list[dict[str, Any]]:
 
 def _prepared(name: str, data_dir: str) -> Any:
     """The builder of a data set that is there, if need be after preparing it."""
-    if any(Path(data_dir, name).glob("**/dataset_info.json")):
+    if any(Path(data_dir, name.partition(":")[0]).glob("**/dataset_info.json")):
         builder = _builder(name, data_dir)
         if builder.is_prepared():
             return builder
@@ -199,7 +199,10 @@ def _data_dir(data_dir: str | None) -> str:
 def _builder(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds  # slow, and not needed for folders
 
-    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except AssertionError as error:  # another version than there is
+        raise ValueError(f"name={name!r}: {error}") from error
 
 
 def prepare(name: str, data_dir: str | None = None) -> Any:
