@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +145,7 @@ def learner(cfg: DictConfig) -> Learner:
     root = jax.random.key(cfg.seed)
     sampler = build_sampler(cfg, "meta_train")
     apply, params = build_model(cfg, sampler, root)
-    loss = instantiate(cfg.task.loss)(apply)
+    loss = _make("task", instantiate(cfg.task.loss), apply)
     objective = build_objective(cfg, loss)
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     how = {name: cfg.trainer[name] for name in ("meta_batch", "task_chunk", "devices")}
@@ -164,7 +164,13 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
     """Name the parts where one asks for what another has not."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError):
+            if not re.search(r"missing \d+ required keyword", str(error)):
+                raise
+            error = ValueError(
+                "an optimizer asks for the value of the loss (a line search?), which no loop gives; take another"
+            )
         model, optimizer = (OmegaConf.select(cfg, f"{part}._target_", default="?") for part in ("model", "optimizer"))
         parts = f"model {model.removeprefix('maml.models.')} and optimizer {optimizer}"
         hint = f"; {cfg.algorithm.needs}" if "needs" in cfg.algorithm else ""
@@ -173,7 +179,7 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
     """The algorithm's objective of a loss: that of the task, or one made from it."""
-    return instantiate(cfg.algorithm.objective, _convert_="all")(loss, inner_loop(cfg))
+    return _make("algorithm", instantiate(cfg.algorithm.objective, _convert_="all"), loss, inner_loop(cfg))
 
 
 def inner_loop(cfg: DictConfig) -> Adapt:
@@ -277,10 +283,15 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
         if "${algorithm.batch}" not in OmegaConf.to_yaml(cfg.algorithm):
             raise ValueError(
                 f"evaluation.batch={protocol.batch}: algorithm {cfg.algorithm.name} takes the whole support set at each step; "
-                "leave it out"
+                "give evaluation.batch=null"
             )
         cfg.algorithm.batch = protocol.batch
     adapt = inner_loop(cfg)
+    if protocol.prototypes and getattr(adapt, "fewer_ways", False):
+        raise ValueError(
+            f"evaluation.prototypes={protocol.prototypes}: algorithm {cfg.algorithm.name} makes a head of prototypes itself; "
+            "leave it out"
+        )
     return with_prototypes(adapt, protocol.prototypes) if protocol.prototypes else adapt
 
 
@@ -305,10 +316,11 @@ def evaluation(
     try:
         check_sizes(params, sampler, learner.loss, adapt, protocol)
     except ValueError as error:
-        raise ValueError(f"evaluation.steps={protocol.steps}, algorithm {cfg.algorithm.name}: {error}") from error
+        raise ValueError(f"evaluation, algorithm {cfg.algorithm.name}: {error}") from error
     chunk, loss = train.chunk_size("auto", protocol.tasks, params), learner.loss
     if ensemble is not None:
-        adapt, loss = ensemble_adapt(adapt, loss), instantiate(cfg.task.loss)(ensemble_apply(learner.apply))
+        adapt = ensemble_adapt(adapt, loss)
+        loss = _make("task", instantiate(cfg.task.loss), ensemble_apply(learner.apply))
     return protocol, evaluator(sampler, loss, adapt, protocol, chunk)
 
 
@@ -354,6 +366,15 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"trainer.memory_gb={budget}: give a positive number of GB, or null for no limit")
     for name in sorted(OmegaConf.missing_keys(cfg)):  # after the numbers: it follows interpolations
         raise ValueError(f"{name} has no value: give {name}=...")
+    if (most := cfg.algorithm.get("most_steps")) is not None and cfg.algorithm.steps > most:
+        raise ValueError(
+            f"algorithm.steps={cfg.algorithm.steps}: algorithm {cfg.algorithm.name} takes at most {most} in training; give "
+            f"algorithm.steps={most} (an experiment may have set it; evaluation.steps are those at test)"
+        )
+    if isinstance(derivative := cfg.algorithm.get("derivative"), str):
+        raise ValueError(
+            f"algorithm.derivative={derivative}: give algorithm.derivative._target_=maml.derivatives.{derivative.split('.')[-1]}"
+        )
     build_protocol(cfg)
     if cfg.evaluation.split not in _SPLITS:
         raise ValueError(f"evaluation.split={cfg.evaluation.split}: give one of {', '.join(_SPLITS)}")
@@ -391,6 +412,14 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.step_size=(?!null)", text)]
     if asked and not reads(cfg, "step_size"):
         raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")
+    for key in (found[1] for found in (re.match(r"quantization\.(\w+)", text) for text in overrides) if found):
+        if not any(
+            re.search(rf"\bquantization\.{key}\b", OmegaConf.to_yaml(cfg[part])) for part in ("model", "algorithm")
+        ):
+            raise ValueError(
+                f"quantization.{key}: neither the model nor the algorithm reads it; give a quantized one, such as "
+                "model=mlp_quantized or algorithm=maml_on_grid"
+            )
     added = [found[1] for found in (re.match(r"\+{1,2}algorithm\.(\w+)", text) for text in overrides) if found]
     others = [cfg[part] for part in cfg if part not in ("algorithm", "evaluation")]  # evaluation takes what there is
     for key in added:
@@ -402,6 +431,15 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             known = [str(k) for k in cfg.algorithm if k != key]
             name = cfg.algorithm.get("name", "?")
             raise ValueError(f"algorithm.{key}: nothing in algorithm {name} reads it; there are {', '.join(known)}")
+
+
+def of_experiment(cfg: DictConfig, own: Mapping[Any, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The numbers that an experiment has set for an algorithm which replaces its own, where the algorithm's file has others."""
+    if not any(text.startswith("algorithm=") for text in overrides):
+        return {}
+    typed = {found[1] for found in (re.match(r"algorithm\.(\w+)=", text) for text in overrides) if found}
+    keys = [str(key) for key, value in own.items() if isinstance(value, int | float) and str(key) not in typed]
+    return {key: cfg.algorithm[key] for key in keys if cfg.algorithm.get(key) != own[key]}
 
 
 def no_step_size(cfg: DictConfig) -> str:

@@ -122,7 +122,7 @@ def load(directory: Path, file: str = "summary.json") -> Run:
         choices, overrides = _choices(directory), _overrides(directory)
         given = dict(text.split("=", 1) for text in summary.get("overrides", ()))  # those of an evaluation
         at = "the node `paper` of the config"
-        source, paper = _paper_figures(config, choices, summary.get("protocol") or {})
+        source, paper = _paper_figures(config, choices, [*overrides, *given], summary.get("protocol") or {})
     except _ERRORS as error:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
@@ -162,7 +162,7 @@ def records(directory: Path) -> list[dict[str, Any]]:
 
 
 def _paper_figures(
-    config: dict[str, Any], choices: dict[str, str], protocol: dict[str, Any]
+    config: dict[str, Any], choices: dict[str, str], overrides: list[str], protocol: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The source, and the figures by metric: of `paper.metrics` and of the run's algorithm.
 
@@ -170,7 +170,8 @@ def _paper_figures(
     """
     paper = config.get("paper") or {}
     varied = [(config.get(part) or {}).get("least_ways") for part in ("task", "evaluation")]
-    if any(varied):  # no paper's figure is of tasks of varied sizes
+    asked = {f"evaluation.{name}" for name in ("prototypes", "rotations", "batch")} & set(overrides)
+    if any(varied) or asked:  # no paper's figure is of tasks of varied sizes, nor of these changes
         return NONE, {}
     same_task = (config.get("task") or {}).get("_target_") == paper.get(
         "task", (config.get("task") or {}).get("_target_")

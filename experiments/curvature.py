@@ -306,14 +306,16 @@ def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
 
 
 def sgd_step_size(cfg: DictConfig) -> float | None:
-    """The inner step size that 2/λmax bounds: that of SGD, where it is one number; None under other optimizers."""
-    size = cfg.algorithm.get("step_size") if build.reads(cfg, "step_size") else None
-    optimizers = set(re.findall(r"_target_: (optax\.\w+)", OmegaConf.to_yaml(cfg.algorithm)))
-    return (
-        float(size)
-        if isinstance(size, int | float) and "optax.sgd" in optimizers <= {"optax.sgd", "optax.chain"}
-        else None
-    )
+    """The inner step size that 2/λmax bounds: that of plain SGD, where it is one number; None under other optimizers.
+
+    Momentum moves the bound, and so does the proximal term of an implicit loop.
+    """
+    size, text = cfg.algorithm.get("step_size"), OmegaConf.to_yaml(cfg.algorithm)
+    optimizers = set(re.findall(r"_target_: (optax\.\w+)", text))
+    plain = "optax.sgd" in optimizers <= {"optax.sgd", "optax.chain"} and not re.search(r"momentum: (?!null)", text)
+    if not (plain and build.reads(cfg, "step_size") and isinstance(size, int | float)) or "maml.implicit" in text:
+        return None
+    return float(size)
 
 
 def path_rows(seen: Curvatures) -> list[Mapping[str, Any]]:

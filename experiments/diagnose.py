@@ -263,7 +263,10 @@ SECTIONS: Mapping[str, tuple[str, str]] = {
     ),
     "gradients": (
         "Meta-gradients of tasks, query examples and support examples",
-        "noise_scale in tasks or examples; NaN where it is not resolved.",
+        "task/: over tasks; query/, support/: over the examples of a task. cosine: of each gradient to the mean of the others; "
+        "coherence: over pairs; noise_signal: |G|², the squared norm of the true gradient, estimated without bias, so that it "
+        "falls below 0 where noise hides it; noise_resolved: 1 where it does not; noise_scale: tr Σ / |G|², the batch, in tasks "
+        "or examples, at which noise and signal are equal, NaN where not resolved; gsnr: |ḡ|² / tr Σ of a layer.",
     ),
     "worst_query": ("Query examples with the largest meta-gradients", ""),
     "worst_support": (

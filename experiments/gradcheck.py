@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import build
 from experiments.program import run_program
@@ -87,17 +87,25 @@ def table(found: Gradcheck) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: Gradcheck, tolerance: float) -> str:
+def verdict(found: Gradcheck, tolerance: float, *, implicit: bool = False) -> str:
     """One line, and what to do where the meta-gradient does not agree."""
     beside = (
-        f"asymmetry of the inner field {found.asymmetry:.1e}, which decides nothing"
+        f"asymmetry of the inner field {found.asymmetry:.1e} (0: a gradient; TD(0)'s is none, which is no error)"
         if found.asymmetry is not None
         else ""
     )
     if found.worst <= tolerance:
         return f"agrees: worst relative error {found.worst:.1e}, tolerance {tolerance:g}; {beside}"
     if any(d.error > tolerance and d.spread > tolerance for d in found.directions):
-        hint = "the differences at epsilon and epsilon/2 disagree (a kink, or rounding): give another gradcheck.epsilon"
+        hint = (
+            "the differences at epsilon and epsilon/2 disagree (a kink, strong curvature, or rounding): give a smaller or larger "
+            "gradcheck.epsilon"
+        )
+    elif implicit:
+        hint = (
+            "an implicit derivative is that of the optimum, and the program's of where its steps end: raise algorithm.steps, "
+            "strength or cg_steps until support/stationarity is small"
+        )
     else:
         hint = "autodiff gives the derivative of another program (first order? a stop_gradient or custom derivative inside?)"
     return f"DISAGREES: worst relative error {found.worst:.1e}, tolerance {tolerance:g}; {hint}; {beside}"
@@ -106,7 +114,8 @@ def verdict(found: Gradcheck, tolerance: float) -> str:
 def show(cfg: DictConfig) -> None:
     found = check(cfg)
     print(table(found))
-    print(verdict(found, cfg.gradcheck.tolerance), flush=True)
+    implicit = "maml.implicit" in OmegaConf.to_yaml(cfg.algorithm)
+    print(verdict(found, cfg.gradcheck.tolerance, implicit=implicit), flush=True)
     if not found.worst <= cfg.gradcheck.tolerance:
         sys.exit(DISAGREES)
 

@@ -36,6 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(report(arguments.runs, arguments.output, arguments.metric, arguments.ledger))
+        print(f"\nwritten, with curves: {arguments.output / 'report.md'}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

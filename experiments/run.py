@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, diagnostics, pictures, plan, results
-from experiments.program import INTERRUPTED, Interrupt, run_program
+from experiments.program import CONF, INTERRUPTED, Interrupt, run_program
 from maml import plots, train
 from maml.checkpoint import Checkpoints
 
@@ -53,6 +53,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
         for name, figure in figures.items():
             plots.save(figure, directory / "plots" / f"{name}.png")
             diagnostics.tell(loggers, "image", name, figure, step)
+        log.info("all of it is in %s; next, for example: python -m experiments.diagnose %s", directory, directory)
     return summary
 
 
@@ -112,7 +113,15 @@ def _opened(cfg: DictConfig, directory: Path, first: int) -> Iterator[list[Any]]
 def job(cfg: DictConfig) -> None:
     if cfg.plan:
         return plan.show(cfg)
-    run(cfg, Path(HydraConfig.get().runtime.output_dir))
+    hydra = HydraConfig.get()
+    file = CONF / f"algorithm/{hydra.runtime.choices.get('algorithm')}.yaml"
+    own = dict(OmegaConf.load(file)) if file.exists() else {}
+    if taken := build.of_experiment(cfg, own, hydra.overrides.task):
+        numbers = ", ".join(f"algorithm.{key}={value}" for key, value in taken.items())
+        log.warning(
+            "%s: from the experiment, for its own algorithm; %s has others", numbers, file.relative_to(CONF.parent)
+        )
+    run(cfg, Path(hydra.runtime.output_dir))
     return None
 
 

@@ -152,14 +152,15 @@ def check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, prot
         drawn = jax.tree.leaves(side)[0].shape[1]
         if drawn != expected:
             raise ValueError(
-                f"{name}: the sampler draws {drawn} examples and the protocol has {expected}; make them equal"
+                f"{name}={getattr(protocol, name)}: the sampler draws {drawn} examples and the protocol has {expected}; make "
+                "them equal"
             )
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), task.support)
     key = jax.eval_shape(lambda: jax.random.key(0))
     trace = jax.eval_shape(lambda p, s, k: adapt(loss, p, s, k), params, one, key).trace
     steps = jax.tree.leaves(trace.params)[0].shape[0] - 1
     if steps != protocol.steps:
-        raise ValueError(f"steps: the inner loop takes {steps} and the protocol has {protocol.steps}; make them equal")
+        raise ValueError(f"steps={protocol.steps}: the inner loop takes {steps} steps; make them equal")
 
 
 def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, key):

@@ -31,18 +31,19 @@ class Console:
 
         silent = not sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=resume_step, unit="step", dynamic_ncols=True, disable=silent)
-        self._since = resume_step, time.perf_counter()
+        self._since = None  # the first line has no rate: it would be that of compilation
 
     def __call__(self, step: int, metrics: Metrics) -> None:
         """Prints the metrics, of those per inner step (`step_3/loss`) only the last step's, and none per layer."""
         metrics = {name: value for name, value in metrics.items() if "/layer/" not in name}
         parts = [f"step {step}"]
         parts += [f"{name} {value:.4g}" for name, value in _last_inner_steps(metrics).items()]
-        last_step, last_time = self._since
+        last_step, last_time = self._since or (-1, 0.0)
         if step > last_step:  # not when a second set of metrics is logged at the same step
             now = time.perf_counter()
             rate = (step - last_step) / (now - last_time)
-            parts.append(f"({rate:.0f} steps/s)" if rate >= 100 else f"({rate:.3g} steps/s)")
+            if self._since:
+                parts.append(f"({rate:.0f} steps/s)" if rate >= 100 else f"({rate:.3g} steps/s)")
             self._since = step, now
         self._bar.write("  ".join(parts), file=sys.stderr)
         loss = metrics.get("meta_train/query/loss")

@@ -15,7 +15,7 @@ from PIL import Image
 from experiments import build
 from maml import train
 from maml.derivatives import first_order
-from maml.inner_loop import learned_step_sizes, only, unroll
+from maml.inner_loop import learned_step_sizes, only, per_step, unroll, with_prototypes
 from maml.losses import cross_entropy
 from maml.models import MLP, functional
 from maml.objectives import annealed, annealed_weights, multi_step_loss, parameter_distance, query_loss, switched
@@ -201,7 +201,7 @@ def test_what_the_inner_loop_moves(algorithm, model):
     [
         (
             ["algorithm=cavia"],
-            "algorithm cavia does not fit model MLP and .*: .*selects no parameter.*; give model.context=5",
+            "algorithm cavia does not fit model MLP and .*: .*selects no parameter.*; give a model that has contexts",
         ),
         (
             ["algorithm=maml_pp", "evaluation.steps=5"],
@@ -215,6 +215,15 @@ def test_what_the_inner_loop_moves(algorithm, model):
         (["algorithm=reptile", "optimizer=reptile", "algorithm.batch=0"], "size=0"),
         (["algorithm=reptile"], "algorithm reptile does not fit .*optimizer optax.adam: .*give optimizer=reptile"),
         (["algorithm=imaml", "algorithm.strength=0.0"], "strength=0"),
+        (["algorithm=joint", "algorithm.steps=1"], "algorithm.steps=1: algorithm joint takes at most 0 in training"),
+        (["algorithm.derivative=mixed"], "give algorithm.derivative._target_=maml.derivatives.mixed"),
+        (["algorithm.adapt.adapt.optimizer._target_=optax.lbfgs"], "an optimizer asks for the value of the loss"),
+        (["optimizer._target_=optax.lbfgs"], "an optimizer asks for the value of the loss"),
+        (["+algorithm.objective.last=1"], "algorithm: .*unexpected keyword argument 'last'; see conf/algorithm/"),
+        (
+            ["algorithm=learned_hyperparameters", "+algorithm.hyperparameters.nesterov=1"],
+            "nesterov is a flag or a count",
+        ),
         (["algorithm=meta_sgd", "algorithm.initial_step_size=[0.2,0.1]"], "initial="),
     ],
 )
@@ -230,6 +239,42 @@ def test_more_steps_in_evaluation_than_were_learned_are_refused_before_training(
     learner = build.learner(cfg)
     with pytest.raises(ValueError, match="learned for 2 inner steps"):
         build.evaluation(cfg, learner)
+
+
+def test_prototypes_of_a_run_that_has_rows_are_those_of_its_first_row():
+    """NIL of MAML++, by hand: class means of the features under the first row, and no step."""
+    rows = per_step(nnx.PathContains("norms"), 3, only(nnx.Not(nnx.PathContains("norms")), unroll(optax.sgd(0.1), 0)))
+    apply, params = functional(MLP((2,), 3, hidden=(4,), norm=nnx.BatchNorm, rngs=nnx.Rngs(1)))
+    x, labels = jax.random.normal(KEY, (6, 2)), jnp.arange(6) % 3
+    stacked = initial(rows, params, KEY)
+    scale = jnp.array([2.0, 5.0, 9.0])
+    stacked["norms"][0]["scale"].set_value(jnp.broadcast_to(scale[:, None], (3, 4)))
+    params["norms"][0]["scale"].set_value(jnp.full(4, 2.0))
+    adapted = with_prototypes(rows, "euclidean")(cross_entropy(apply), stacked, (x, labels), KEY).params
+    features = apply.features(params, x)
+    means = jnp.stack([features[labels == k].mean(0) for k in range(3)])
+    np.testing.assert_allclose(adapted["head"]["kernel"][...], 2 * means.T, rtol=1e-5)
+
+
+def test_what_makes_a_head_of_prototypes_takes_no_other():
+    cfg = config(
+        "algorithm=protonet",
+        "task=omniglot",
+        "model=mlp_batch_norm",
+        "evaluation=protonet",
+        "evaluation.prototypes=cosine",
+    )
+    with pytest.raises(ValueError, match="protonet makes a head of prototypes itself"):
+        build.build_adapt(cfg, build.build_protocol(cfg))
+
+
+def test_an_experiments_numbers_for_another_algorithm_are_told(tmp_path):
+    """The sinusoid of 10 shots sets a step size of 0.01; that of Reptile's file is another, and what is typed is nobody's."""
+    run = ["experiment=finn2017/sinusoid_10shot", "algorithm=reptile", "optimizer=reptile", *SMALL[:-1], "logger=quiet"]
+    told = main(*run, f"hydra.run.dir={tmp_path / 'a'}").out
+    assert "algorithm.step_size=0.01: from the experiment, for its own algorithm; conf/algorithm/reptile.yaml" in told
+    assert "from the experiment" not in main(*run, "algorithm.step_size=0.01", f"hydra.run.dir={tmp_path / 'b'}").out
+    assert "from the experiment" not in main(*run[2:], f"hydra.run.dir={tmp_path / 'c'}").out
 
 
 def test_a_new_algorithm_is_one_file(tmp_path):

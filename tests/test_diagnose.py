@@ -241,6 +241,10 @@ def test_the_meta_hessian_and_the_update_are_those_of_dense_matrices(overrides):
         # a step size that it does not read
         (("experiment=td0_value_prediction", "algorithm=learned_hyperparameters"), None),
         (("algorithm.adapt.adapt.optimizer.learning_rate=0.1",), None),
+        # other bounds: 2 (1 + β)/λmax, and 2/(λmax + λ)
+        (("+algorithm.adapt.adapt.optimizer.momentum=0.9",), None),
+        (("+algorithm.adapt.adapt.optimizer.momentum=null",), 0.1),
+        (("algorithm=imaml",), None),
     ],
 )
 def test_the_bound_is_compared_with_the_step_size_of_sgd_alone(overrides, size):

@@ -301,6 +301,14 @@ def test_the_program_passes_inner_loops_with_parameters_of_their_own_and_quantiz
     assert "asymmetry of the inner field" in ended.out
 
 
+def test_an_implicit_derivative_away_from_the_optimum_says_what_to_raise(tmp_path):
+    """One step finds no optimum, so that the derivative of the root is not that of the program."""
+    short = ("algorithm=imaml", "algorithm.steps=1", "algorithm.step_size=0.01", "gradcheck.directions=1")
+    ended = main(*SMALL, *short, f"hydra.run.dir={tmp_path}", program=program)
+    assert ended.code == program.DISAGREES
+    assert "until support/stationarity is small" in ended.out
+
+
 def test_the_program_fails_first_order(tmp_path):
     ended = main(*SMALL, "algorithm=fomaml", f"hydra.run.dir={tmp_path}", "gradcheck.directions=1", program=program)
     assert ended.code == program.DISAGREES == 1

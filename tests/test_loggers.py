@@ -125,25 +125,24 @@ def test_without_terminal_only_lines(capsys):
     logger.close()
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("step 1000  meta_train/query/loss 1.234  meta_train/support/loss 2.3  (")
-    assert err.endswith(" steps/s)\n")
-    assert err.count("\n") == 1
-    assert "\r" not in err
+    assert err == "step 1000  meta_train/query/loss 1.234  meta_train/support/loss 2.3\n"
 
 
 def test_rate_is_that_since_the_last_line(capsys, monkeypatch):
-    clock = iter([10.0, 10.2, 15.2])
+    clock = iter([10.0, 10.2, 15.2])  # one for each line with a rate, and the first
     monkeypatch.setattr("maml.loggers.time.perf_counter", lambda: next(clock))
     logger = Console("unused", steps=2000, resume_step=500)
-    logger(1000, {})
-    logger(1000, {"meta_valid/loss": 1.0})  # the same step again: no rate
-    logger(1100, {})
+    logger(501, {})  # the first: it would be the rate of compilation
+    logger(1001, {})
+    logger(1001, {"meta_valid/loss": 1.0})  # the same step again: no rate
+    logger(1101, {})
     logger.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "step 1000  (2500 steps/s)",
-        "step 1000  meta_valid/loss 1",
-        "step 1100  (20 steps/s)",
+        "step 501",
+        "step 1001  (2500 steps/s)",
+        "step 1001  meta_valid/loss 1",
+        "step 1101  (20 steps/s)",
     ]
 
 
@@ -154,7 +153,7 @@ def test_only_the_last_inner_step_is_printed(capsys):
     logger(5, metrics | {"meta_test/loss": 3.0})
     logger.close()
     err = capsys.readouterr().err
-    shown = "meta_test/step_10/loss 1  meta_test/step_10/acc 1  meta_test/loss 3  ("
+    shown = "meta_test/step_10/loss 1  meta_test/step_10/acc 1  meta_test/loss 3\n"
     assert shown in err
     assert err.count("step_") == 2
 

@@ -1,15 +1,18 @@
 """Networks: sizes of the papers, batch norm modes, max-pool and its derivatives."""
 
+import inspect
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from maml.models import MLP, Conv4, functional
 from maml.models.conv import _max_pool
+from maml.models.functional import pure
 from maml.types import Conditioned, Joint
 from tests.helpers import central_difference, dot, random_like, twins
 
@@ -39,6 +42,13 @@ def count(model) -> int:
 )
 def test_parameter_counts_are_those_of_the_papers(model, size):
     assert count(model(nnx.Rngs(0))) == size
+
+
+def test_without_hidden_layers_a_network_is_linear():
+    apply, params = functional(MLP((3,), 2, hidden=(), kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    head = params["head"]
+    np.testing.assert_allclose(apply(params, x), x @ head["kernel"][...] + head["bias"][...][None], rtol=1e-5)
 
 
 def test_max_pool_is_the_window_maximum_and_cuts_odd_borders():
@@ -206,6 +216,13 @@ def test_conv4_refuses_what_it_cannot_be():
         Conv4((8, 8, 1), 5, pool="max", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="takes images"):
         Conv4((1,), 5, rngs=nnx.Rngs(0))
+
+
+def test_what_is_no_nnx_module_is_refused():
+    """A Linen module would pass as one without parameters. (`pure` has no annotation that the tests check before it does.)"""
+    module: Any = linen.Dense(1)
+    with pytest.raises(ValueError, match="Dense is no NNX module; a Linen module serves by its own apply"):
+        inspect.unwrap(pure)(module, None)
 
 
 def test_random_state_is_refused_since_apply_has_no_key():

@@ -382,6 +382,17 @@ def test_the_last_checkpoint_by_number_is_the_one_that_is_taken_without(tmp_path
     assert (own["seeds"], strict["seeds"]) == ("0, 1", "0, 1")
 
 
+def test_no_papers_figure_stands_beside_another_head_other_rotations_or_minibatches(tmp_path):
+    """What papers do not name in their protocol, and nobody may change under their figure."""
+    changes = ("evaluation.prototypes=cosine", "evaluation.rotations=none", "+evaluation.batch=3", "evaluation.seed=3")
+    for i, change in enumerate(changes):
+        make_run(tmp_path / f"runs/{i}", overrides=[change], config={"which": i})
+    rows = made(tmp_path)[1]
+    shown = [row[f"paper: {STEP_1}"] != "–" for row in rows]
+    assert len(rows) == 4
+    assert sum(shown) == 1  # another seed draws other tasks, of the same protocol
+
+
 @pytest.mark.parametrize("part", ["task", "evaluation"])
 def test_no_papers_figure_stands_beside_tasks_of_varied_sizes(tmp_path, part):
     make_run(tmp_path / "runs/0", config={part: {"least_ways": 5}})
@@ -474,7 +485,9 @@ def command(monkeypatch, capsys, tmp_path):
 def test_command_prints_the_table_that_it_writes(sweep, command):
     code, out, err = command(sweep / "runs", "--metric", STEP_0, "--metric", STEP_1)
     assert (code, err) == (0, "")
-    assert (sweep / "out/report.md").read_text().startswith(out.strip())
+    table, _, last = out.strip().rpartition("\n\n")
+    assert (sweep / "out/report.md").read_text().startswith(table)
+    assert last == f"written, with curves: {sweep / 'out/report.md'}"
     assert STEP_0 in out
     assert (sweep / "out/report.csv").exists()
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from maml.curvature.matrices import Function
 from maml.curvature.products import Matvec, hvp, of_loss
-from maml.curvature.spectra import Spectrum, lanczos
+from maml.curvature.spectra import Spectrum, dot, lanczos
 from maml.types import Adapt, Batch, Key, Loss, MetaParams, Params, Task
 
 
@@ -54,14 +54,14 @@ def adaptation_path(adapt: Adapt, loss: Loss, params: Params, support: Batch, ke
         f = of_loss(loss, support, key)
         step = jax.tree.map(jnp.subtract, there, here)
         value, gradient = jax.value_and_grad(f)(here)
-        length, bend = optax.tree.vdot(step, step), optax.tree.vdot(step, hvp(f, here)(step))
+        length, bend = dot(step, step), dot(step, hvp(f, here)(step))
         curvature = jnp.where(length > 0, bend / jnp.where(length > 0, length, 1), 0)
         return Path(
             loss=value,
             gradient_norm=optax.tree.norm(gradient),
             step_norm=jnp.sqrt(length),
             curvature=curvature,
-            predicted=-optax.tree.vdot(gradient, step) - bend / 2,
+            predicted=-dot(gradient, step) - bend / 2,
             actual=value - f(there),
         )
 
@@ -154,6 +154,6 @@ class Comparison(NamedTuple):
 def first_order_comparison(full: Function, first_order: Function, params: Params) -> Comparison:
     """What first order drops: two objectives of the meta-parameters whose inner loops differ in their derivative alone."""
     a, b = jax.grad(full)(params), jax.grad(first_order)(params)
-    squares: Any = optax.tree.vdot(a, a), optax.tree.vdot(b, b)
+    squares: Any = dot(a, a), dot(b, b)
     norm = jnp.sqrt(squares[0] * squares[1])
-    return Comparison(optax.tree.vdot(a, b) / jnp.where(norm > 0, norm, 1), jnp.sqrt(squares[1] / squares[0]))
+    return Comparison(dot(a, b) / jnp.where(norm > 0, norm, 1), jnp.sqrt(squares[1] / squares[0]))

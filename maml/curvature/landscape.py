@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array, Float
 
 from maml.curvature.matrices import Function
 from maml.curvature.products import hvp
-from maml.curvature.spectra import lanczos
+from maml.curvature.spectra import dot, lanczos
 from maml.types import Key, Params
 
 
@@ -31,7 +30,7 @@ def sharpness(f: Function, params: Params, k: int, key: Key, rho: float = 0.05) 
     if not rho > 0:
         raise ValueError(f"rho={rho}: give a positive radius, in units of the parameters")
     spectrum, (value, gradient) = lanczos(hvp(f, params), params, k, key), jax.value_and_grad(f)(params)
-    norm = optax.tree.norm(gradient)
+    norm = jnp.sqrt(dot(gradient, gradient))
     ahead = jax.tree.map(lambda p, g: p + rho * g / jnp.where(norm > 0, norm, 1), params, gradient)
     return Sharpness(spectrum.values[-1], spectrum.residuals[-1], f(ahead) - value)
 

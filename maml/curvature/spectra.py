@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
@@ -154,7 +153,7 @@ def trace(matvec: Matvec, like: Params, probes: int, key: Key) -> Estimate:
     Raises:
       ValueError: for fewer than 2 probes, which have no standard error.
     """
-    return _mean_over_probes(lambda v: optax.tree.vdot(v, matvec(v)), like, probes, key)
+    return _mean_over_probes(lambda v: dot(v, matvec(v)), like, probes, key)
 
 
 def diagonal(matvec: Matvec, like: Params, probes: int, key: Key) -> Estimate:
@@ -175,3 +174,7 @@ def _mean_over_probes(value: Callable, like: Params, probes: int, key: Key) -> E
     )
     spread = jax.tree.map(lambda x: x.std(0, ddof=1) / probes**0.5, samples)
     return Estimate(jax.tree.map(lambda x: x.mean(0), samples), spread)
+
+
+def dot(a: Params, b: Params) -> jax.Array:
+    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b))

@@ -64,7 +64,14 @@ def learned_hyperparameters(
     try:
         plain = optimizer(**initial)
     except TypeError as error:
-        raise ValueError(f"initial={dict(initial)}: {error}") from error
+        raise ValueError(f"initial={dict(initial)}: {error}; name what this optimizer has") from error
+    for name, value in initial.items():
+        try:
+            jax.eval_shape(lambda x, name=name: _first_update(optimizer(**{**initial, name: x})), float(value))
+        except jax.errors.ConcretizationTypeError as error:
+            raise ValueError(
+                f"initial: {name} is a flag or a count of this optimizer, and cannot be learned"
+            ) from error
     unroll(plain, steps, **how)  # refuses what it refuses
     rows = max(steps, 1)
 
@@ -82,6 +89,11 @@ def learned_hyperparameters(
         return jax.tree.map(jnp.log, start) if positive else start
 
     return learned(make, init)
+
+
+def _first_update(optimizer: optax.GradientTransformation) -> optax.Updates:
+    params = jnp.ones(1)
+    return optimizer.update(params, optimizer.init(params), params)[0]
 
 
 def _by_step(optimizer: Callable[..., optax.GradientTransformation], rows: Mapping[str, jax.Array]):

@@ -184,10 +184,10 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
 
         return jax.tree.map_with_path(one, params)
 
-    def adapt_with_rows(loss: Loss, params, support, key) -> Adapted:
-        def at(params, step):
-            return on_rows(lambda x: x[jnp.clip(step, 0, x.shape[0] - 1)], params)
+    def at(params, step):
+        return on_rows(lambda x: x[jnp.clip(step, 0, x.shape[0] - 1)], params)
 
+    def adapt_with_rows(loss: Loss, params, support, key) -> Adapted:
         def row(params, indexed):
             return at(params, 0 if indexed is None else indexed.step)
 
@@ -214,7 +214,7 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
 
         return MetaParams(stack(made.params), made.inner) if isinstance(made, MetaParams) else stack(made)
 
-    adapt_with_rows.init = init
+    adapt_with_rows.init, adapt_with_rows.first_row = init, lambda params: at(params, 0)
     return adapt_with_rows
 
 

@@ -33,8 +33,10 @@ def with_prototypes(adapt: Adapt, kind: str = "euclidean", head: str = "head") -
     """
     check_kind(kind)
 
+    seen_at = getattr(adapt, "first_row", lambda params: params)
+
     def place(loss: Loss, params: Params, support) -> Params:
-        new = _prototypes(loss, params, support, kind, head)
+        new = _prototypes(loss, seen_at(params), support, kind, head)
 
         def one(path, x):
             return new[_part(path, head)].astype(x.dtype) if _part(path, head) in new else x

@@ -23,8 +23,8 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     is `apply.features(params, inputs)`: what its head sees.
 
     Raises:
-      ValueError: for a module that holds random state (dropout): `apply` has no key to draw from; `apply` itself where a model
-        calls a batch norm twice, for `Conditioned` parameters.
+      ValueError: for what is no NNX module; for one that holds random state (dropout): `apply` has no key to draw from; `apply`
+        itself where a model calls a batch norm twice, for `Conditioned` parameters.
     """
     apply: Any
     apply, params = pure(model, lambda model, inputs: model(inputs))
@@ -39,6 +39,11 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
     Raises:
       ValueError: as `functional`.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"model: {type(model).__name__} is no NNX module; a Linen module serves by its own apply and init: "
+            "loss = mse(module.apply), params = module.init(key, inputs)"
+        )
     model = nnx.clone(model)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.BatchNorm):

@@ -1,5 +1,6 @@
 """The multi-layer perceptron."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,10 @@ class MLP(nnx.Module):
       kernel_init: initialiser of every kernel; biases start at zero.
       context: so many inputs more, which are parameters, start at zero, and are the same for all examples: those of CAVIA
         (Zintgraf et al. 2019, arXiv 1810.03642, section 3.1).
+      hidden: widths; of an empty list the model is linear.
+
+    Raises:
+      ValueError: for widths below 1, and a negative context.
     """
 
     def __init__(
@@ -30,12 +35,15 @@ class MLP(nnx.Module):
         context: int = 0,
         rngs: nnx.Rngs,
     ):
-        *sizes, last = [math.prod(input_shape) + context, *hidden]
+        if not isinstance(hidden, Sequence) or any(n < 1 for n in hidden) or context < 0:
+            raise ValueError(
+                f"hidden={hidden}, context={context}: give a list of widths of 1 or more, and 0 inputs or more"
+            )
+        sizes = [math.prod(input_shape) + context, *hidden]
         self.layers = nnx.List(
-            nnx.Linear(n, m, kernel_init=kernel_init, rngs=rngs)
-            for n, m in zip([*sizes], [*sizes[1:], last], strict=True)
+            nnx.Linear(n, m, kernel_init=kernel_init, rngs=rngs) for n, m in itertools.pairwise(sizes)
         )
-        self.head = nnx.Linear(last, outputs, kernel_init=kernel_init, rngs=rngs)
+        self.head = nnx.Linear(sizes[-1], outputs, kernel_init=kernel_init, rngs=rngs)
         self.context = nnx.Param(jnp.zeros(context)) if context else None
         self.norms = nnx.List(norm(m, rngs=rngs) for m in hidden) if norm else None
 

@@ -192,7 +192,7 @@ def _prepared(name: str, data_dir: str) -> Any:
 
 def _data_dir(data_dir: str | None) -> str:
     """The absolute path; None is TFDS's own default."""
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return str(Path(data_dir or default).expanduser().resolve())
 
 
