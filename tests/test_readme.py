@@ -1,4 +1,4 @@
-"""The README is true: its example runs, its commands compose, its files exist."""
+"""The README and docs/ are true: its example runs, its commands compose, its files exist."""
 
 import re
 import shlex
@@ -12,6 +12,7 @@ from experiments.program import expanded
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+TEXTS = [TEXT, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def test_the_example_runs_and_learns(capsys):
@@ -32,9 +33,9 @@ def test_the_example_runs_and_learns(capsys):
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    blocks = [block for text in TEXTS for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python -m experiments.run")]
+    return [line for line in lines if line.startswith("python -m experiments.run") and "FOLDER" not in line]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -46,5 +47,17 @@ def test_the_commands_compose(command):
 
 
 def test_the_paths_it_names_exist():
-    for path in re.findall(r"`((?:maml|conf|experiments|benchmarks|docker)/[\w/.*]*)`", TEXT):
+    named = [
+        path
+        for text in TEXTS
+        for path in re.findall(r"`((?:maml|conf|experiments|benchmarks|docker|tests)/[\w/.*]*)`", text)
+    ]
+    linked = re.findall(r"\]\(([\w/.]+)\)", TEXT)
+    assert {"docs/results.md", "docs/own_parts.md", "RESULTS.md"} <= set(linked)
+    for path in [*named, *linked]:
         assert list(ROOT.glob(path.rstrip("/") or ".")), path
+
+
+def test_its_contents_are_its_sections():
+    sections = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", TEXT, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", TEXT)) == sections
