@@ -7,7 +7,8 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,7 +121,10 @@ def on_run(usage: str | None, act: Callable[[Path, Sequence[str]], str]) -> None
         print(usage)
         sys.exit(0 if len(sys.argv) > 1 else BAD_INPUT)
     try:
-        text = act(Path(sys.argv[1].removeprefix("run=")).expanduser(), sys.argv[2:])
+        with _memory(
+            "ask for fewer tasks or Lanczos steps (diagnostics.*.tasks, diagnostics.curvature.lanczos, tasks)"
+        ):
+            text = act(Path(sys.argv[1].removeprefix("run=")).expanduser(), sys.argv[2:])
     except REFUSALS as error:
         refuse(error)
     print(text)
@@ -133,7 +137,10 @@ def _refusing(job: Job) -> Job:
     def wrapped(cfg: DictConfig) -> None:
         try:
             build.check_keys(cfg, HydraConfig.get().overrides.task)
-            job(cfg)
+            with _memory(
+                "give trainer.memory_gb=GB, or trainer.task_chunk=1 and algorithm.remat=1; plan=true says what they take"
+            ):
+                job(cfg)
         except REFUSALS as error:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 refuse(error)
@@ -141,6 +148,17 @@ def _refusing(job: Job) -> Job:
             raise Refused from error  # the other jobs go on
 
     return wrapped
+
+
+@contextmanager
+def _memory(remedy: str) -> Iterator[None]:
+    """What the device says where memory ends, in the words of the rest."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"out of memory: {str(error).splitlines()[0]}; {remedy}") from error
 
 
 def refuse(error: BaseException) -> NoReturn:

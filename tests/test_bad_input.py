@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -224,6 +225,14 @@ def test_values_out_of_range(tmp_path, override, line):
 def test_booleans_are_read(value):
     assert config(f"debug_nans={value}").debug_nans is False
     assert config("debug_nans=true").debug_nans is True
+
+
+def test_the_end_of_memory_is_one_line_with_a_remedy(tmp_path, monkeypatch):
+    """8 PB, which no machine has: what the device says comes from JAX itself."""
+    monkeypatch.setattr(run, "run", lambda *_: jax.block_until_ready(jnp.zeros(2 * 10**15)))
+    line = refused(tmp_path)
+    assert line.startswith("error: out of memory: ")
+    assert "trainer.memory_gb" in line
 
 
 # --- data ---
