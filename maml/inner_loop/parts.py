@@ -140,9 +140,8 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
         def part(indexed: Indexed):
             position = indexed.step * size + jnp.arange(size)
             shuffles = position[0] // count + jnp.arange(2)  # all that a batch can meet
-            keys = jax.vmap(lambda i: key_for(indexed.key, "minibatches", i))(
-                shuffles
-            )  # none that a step gives to the loss
+            # By name: child i of a split key is the key folded with i, and a step gives its child to the loss.
+            keys = jax.vmap(lambda i: key_for(indexed.key, "minibatches", i))(shuffles)
             orders = jax.vmap(lambda key: jax.random.permutation(key, count))(keys)
             chosen = orders[position // count - shuffles[0], position % count]
             batch = jax.tree.map(lambda x: x[chosen], indexed.batch)
