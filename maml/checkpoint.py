@@ -125,6 +125,7 @@ class Checkpoints:
             return None
 
     def close(self) -> None:
+        """Wait for what is being written, and let the directory go."""
         if self._manager is not None:
             self._manager.close()
             self._manager = None

@@ -145,7 +145,11 @@ def ensemble_adapt(adapt: Adapt, loss: Loss) -> Adapt:
 
 
 def check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol) -> None:
-    """Refuse tasks and inner loops that are not the protocol's, before anything is measured under its name."""
+    """Before anything is measured under a protocol's name.
+
+    Raises:
+      ValueError: for tasks and inner loops of other sizes than the protocol's.
+    """
     task = jax.eval_shape(sampler, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)))
     for name, side in (("shots", task.support), ("queries", task.query)):
         expected = (protocol.ways or 1) * getattr(protocol, name)

@@ -71,6 +71,9 @@ def cross_entropy(apply: Apply) -> Loss:
     Of sequences the labels are [examples, symbols] and the outputs [examples, symbols, classes]. The mean is
     over all of them. Finn's code sums over N·K examples and divides by K: its step sizes are N times ours (cbfinn/maml utils.py).
     Of `Padded` inputs the mean is over those that are present, and outputs from their `ways` on are no classes.
+
+    Raises:
+      ValueError: when traced, for outputs that do not fit the labels.
     """
 
     def logits_of(params, batch):

@@ -18,6 +18,9 @@ def interval(values) -> Interval:
     """Mean of independent values [n] and the half-width t₀.₉₇₅(n-1)·s/√n of Student's 95 % interval.
 
     At the 600 tasks that papers use, t is 1.964: the usual 1.96·σ/√n. For the few seeds of a table it is not.
+
+    Raises:
+      ValueError: for no values, or more than one axis.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or values.size == 0:

@@ -168,6 +168,7 @@ def _last_moved(meta_params: Params, end: Params, path: Params, last: int) -> Pa
 
 
 def check_norm(norm: str) -> None:
+    """ValueError for what is none of `NORMS`."""
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r}: give one of {', '.join(NORMS)}")
 

@@ -78,6 +78,9 @@ def hvp(f: Function, params: Params, mode: str = "fwd_over_rev") -> Matvec:
 
     mode: "fwd_over_rev" (one linearization that all products share, the default), "rev_over_rev" (for an f with no forward mode,
       such as one that holds `derivatives.mixed`), "rev_over_fwd".
+
+    Raises:
+      ValueError: for another mode.
     """
     if mode == "fwd_over_rev":
         return jax.linearize(jax.grad(f), params)[1]

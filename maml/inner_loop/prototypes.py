@@ -55,6 +55,7 @@ def _part(path: tuple, head: str) -> str | None:
 
 
 def check_kind(kind: str) -> None:
+    """ValueError for what is none of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"prototypes: {kind!r}: give one of {', '.join(KINDS)}")
 

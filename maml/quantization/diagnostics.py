@@ -107,7 +107,11 @@ def with_code_metrics(adapt: Adapt, quantizer: Quantizer | Learned, where: Where
 
 
 def selected(params: Params, where: Where) -> dict[str, Array]:
-    """The arrays by path, of those paths that the pattern finds, or that are said to be meant."""
+    """The arrays by path, of those paths that the pattern finds, or that are said to be meant.
+
+    Raises:
+      ValueError: where there are none, with the paths.
+    """
     named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(params)[0]}
     meant = where if callable(where) else re.compile(where).search
     found = {name: x for name, x in named.items() if meant(name)}

@@ -12,6 +12,9 @@ def kernel_quantizer(bits: int, scale: str = "channel") -> Quantizer | Learned |
     """For kernels, whose outputs are the last axis: None for 32 bits, `binary` for 1, else symmetric `uniform` or `learned`.
 
     `scale`: one per output feature ("channel"), one per kernel ("tensor"), or one per kernel that is a parameter ("learned").
+
+    Raises:
+      ValueError: for another scale, and bits that are not 1 to 8 or 32 (2 to 8 or 32 for "learned").
     """
     if scale not in ("channel", "tensor", "learned"):
         raise ValueError(f"scale={scale!r}: give channel, tensor or learned")

@@ -19,7 +19,11 @@ from maml.tasks.episodes import ClassImages
 
 
 def decoder(size: int, mode: str, resample: Image.Resampling) -> Callable[[Any], np.ndarray]:
-    """A function from encoded bytes, or a path, to uint8 [size, size, channels]."""
+    """A function from encoded bytes, or a path, to uint8 [size, size, channels].
+
+    Raises:
+      ValueError: that function, for an image that cannot be read.
+    """
 
     def decode(source: bytes | Path) -> np.ndarray:
         try:

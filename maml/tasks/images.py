@@ -110,6 +110,7 @@ def image_folder(
 
 
 def check_image(image_size: int, channels: int) -> None:
+    """ValueError for a size below 1, and other than 1 or 3 channels."""
     if channels not in (1, 3) or image_size < 1:
         raise ValueError(
             f"image_size={image_size}, channels={channels}: give a positive size, and 1 (grey) or 3 (RGB) channels"
@@ -251,7 +252,11 @@ def _absent(name: str, data_dir: str) -> str:
 
 
 def classes_named(data: ClassImages, names: Sequence[str], wanted: Sequence[str], where: str) -> ClassImages:
-    """The classes of these names, in that order; `where` is the split that names them, for the message."""
+    """The classes of these names, in that order; `where` is the split that names them, for the message.
+
+    Raises:
+      ValueError: for a name that the data have not.
+    """
     index = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in wanted if name not in index]:
         raise ValueError(
