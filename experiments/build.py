@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,10 +166,10 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError):
-            if not re.search(r"missing \d+ required keyword", str(error)):
+            if not re.search(r"missing \d+ required keyword.*'(value|grad|value_fn)'", str(error)):
                 raise
             error = ValueError(
-                "an optimizer asks for the value of the loss (a line search?), which no loop gives; take another"
+                f"an optimizer asks for the value of the loss (a line search?), which no loop gives; take another ({error})"
             )
         model, optimizer = (OmegaConf.select(cfg, f"{part}._target_", default="?") for part in ("model", "optimizer"))
         parts = f"model {model.removeprefix('maml.models.')} and optimizer {optimizer}"
@@ -412,13 +412,13 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.step_size=(?!null)", text)]
     if asked and not reads(cfg, "step_size"):
         raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")
-    for key in (found[1] for found in (re.match(r"quantization\.(\w+)", text) for text in overrides) if found):
+    for key in (found[1] for found in (re.match(r"\+{0,2}quantization\.(\w+)", text) for text in overrides) if found):
         if not any(
             re.search(rf"\bquantization\.{key}\b", OmegaConf.to_yaml(cfg[part])) for part in ("model", "algorithm")
         ):
             raise ValueError(
-                f"quantization.{key}: neither the model nor the algorithm reads it; give a quantized one, such as "
-                "model=mlp_quantized or algorithm=maml_on_grid"
+                f"quantization.{key}: neither model {cfg.model.get('_target_', '?')} nor algorithm "
+                f"{cfg.algorithm.get('name', '?')} reads it; leave it out, or give another, such as model=mlp_quantized"
             )
     added = [found[1] for found in (re.match(r"\+{1,2}algorithm\.(\w+)", text) for text in overrides) if found]
     others = [cfg[part] for part in cfg if part not in ("algorithm", "evaluation")]  # evaluation takes what there is
@@ -431,15 +431,6 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
             known = [str(k) for k in cfg.algorithm if k != key]
             name = cfg.algorithm.get("name", "?")
             raise ValueError(f"algorithm.{key}: nothing in algorithm {name} reads it; there are {', '.join(known)}")
-
-
-def of_experiment(cfg: DictConfig, own: Mapping[Any, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The numbers that an experiment has set for an algorithm which replaces its own, where the algorithm's file has others."""
-    if not any(text.startswith("algorithm=") for text in overrides):
-        return {}
-    typed = {found[1] for found in (re.match(r"algorithm\.(\w+)=", text) for text in overrides) if found}
-    keys = [str(key) for key, value in own.items() if isinstance(value, int | float) and str(key) not in typed]
-    return {key: cfg.algorithm[key] for key in keys if cfg.algorithm.get(key) != own[key]}
 
 
 def no_step_size(cfg: DictConfig) -> str:

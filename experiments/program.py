@@ -7,13 +7,14 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import jax
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -115,15 +116,37 @@ def _names(group: str) -> list[str]:
     return sorted(path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*.yaml"))
 
 
+def of_experiment(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The numbers that an experiment has set for its own algorithm, where another was chosen whose file has others."""
+    chosen, experiment = choices.get("algorithm"), choices.get("experiment")
+    files = [CONF / f"{name}.yaml" for name in ("config", f"experiment/{experiment}", f"algorithm/{chosen}")]
+    if not any(text.startswith("algorithm=") for text in overrides) or not all(file.exists() for file in files):
+        return {}
+    main, own, values = (yaml.safe_load(file.read_text()) for file in files)
+    chosen_by = {
+        k: v
+        for part in (main, own)
+        for entry in part.get("defaults", ())
+        if isinstance(entry, dict)
+        for k, v in entry.items()
+    }
+    if chosen == chosen_by.get("override /algorithm", chosen_by.get("algorithm")):
+        return {}
+    typed = {found[1] for found in (re.match(r"\+{0,2}algorithm\.(\w+)=", text) for text in overrides) if found}
+    return {
+        str(key): cfg.algorithm[key]
+        for key, value in values.items()
+        if isinstance(value, int | float) and key not in typed and cfg.algorithm.get(key) != value
+    }
+
+
 def on_run(usage: str | None, act: Callable[[Path, Sequence[str]], str]) -> None:
     """A program on a run directory: print act(directory, other arguments), or one line of refusal; without any the usage."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(usage)
         sys.exit(0 if len(sys.argv) > 1 else BAD_INPUT)
     try:
-        with _memory(
-            "ask for fewer tasks or Lanczos steps (diagnostics.*.tasks, diagnostics.curvature.lanczos, tasks)"
-        ):
+        with _memory("ask for less: fewer tasks, examples or Lanczos steps"):
             text = act(Path(sys.argv[1].removeprefix("run=")).expanduser(), sys.argv[2:])
     except REFUSALS as error:
         refuse(error)

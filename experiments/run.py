@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments import build, diagnostics, pictures, plan, results
-from experiments.program import CONF, INTERRUPTED, Interrupt, run_program
+from experiments.program import INTERRUPTED, Interrupt, of_experiment, run_program
 from maml import plots, train
 from maml.checkpoint import Checkpoints
 
@@ -114,12 +114,12 @@ def job(cfg: DictConfig) -> None:
     if cfg.plan:
         return plan.show(cfg)
     hydra = HydraConfig.get()
-    file = CONF / f"algorithm/{hydra.runtime.choices.get('algorithm')}.yaml"
-    own = dict(OmegaConf.load(file)) if file.exists() else {}
-    if taken := build.of_experiment(cfg, own, hydra.overrides.task):
+    if taken := of_experiment(cfg, hydra.runtime.choices, hydra.overrides.task):
         numbers = ", ".join(f"algorithm.{key}={value}" for key, value in taken.items())
         log.warning(
-            "%s: from the experiment, for its own algorithm; %s has others", numbers, file.relative_to(CONF.parent)
+            "%s: from the experiment, for its own algorithm; conf/algorithm/%s.yaml has others",
+            numbers,
+            cfg.algorithm.name,
         )
     run(cfg, Path(hydra.runtime.output_dir))
     return None

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ class Protocol:
             value = getattr(self, name)
             if name == "batch" and value is None:  # that of training
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"evaluation.{name}={value!r}: give a whole number, {least} or more")
         check_norm(self.norm)
         if self.prototypes is not None:
@@ -96,7 +97,7 @@ def evaluate(
 
 def evaluator(sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1) -> Evaluator:
     """`evaluate` as a function of the parameters, compiled once: for validation during training."""
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+    if not isinstance(chunk, Integral) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk={chunk!r}: give a whole number of tasks, 1 or more")
     root = jax.random.key(protocol.seed)
     block = min(100, protocol.tasks)

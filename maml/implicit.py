@@ -46,8 +46,8 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
         raise ValueError(f"cg_steps={cg_steps!r}, damping={damping}: give 1 step or more, and a damping of 0 or more")
     if hasattr(search, "init"):
         raise ValueError(
-            "implicit: the search ends at no optimum of all parameters where it moves a part of them, starts elsewhere or has "
-            "parameters of its own; give unroll(...), and put only(...) and the like outside"
+            "implicit: the search ends at no optimum of all parameters where it moves a part of them, starts elsewhere, sees "
+            "minibatches or has parameters of its own; give unroll(...), and put only(...) and the like outside"
         )
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
@@ -120,10 +120,16 @@ _at_root.defvjp(_at_root_forward, _at_root_backward)
 
 def _cg(matvec, v, steps: int):
     """At most so many steps on A w = v, for v of any size: past the last bit of the residual its square would underflow."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(v)]))
-    size = jnp.where(largest > 0, largest, 1)
-    w = cg(matvec, jax.tree.map(lambda x: x / size, v), tol=float(jnp.finfo(size.dtype).eps), maxiter=steps)[0]
+    v, size = _scaled(v)
+    w = cg(matvec, v, tol=float(jnp.finfo(size.dtype).eps), maxiter=steps)[0]
     return jax.tree.map(lambda x: x * size, w)
+
+
+def _scaled(v):
+    """The vector with 1 as its largest number, and the number that it had there; 0 as it is."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(v)]))
+    size = jnp.where(largest > 0, largest, 1)
+    return jax.tree.map(lambda x: x / size, v), size
 
 
 def residual(product: Callable[[Params], Params], vector: Params, cg_steps: int) -> jax.Array:
@@ -133,6 +139,7 @@ def residual(product: Callable[[Params], Params], vector: Params, cg_steps: int)
     the query loss there.
     """
 
+    vector, _ = _scaled(vector)
     length = optax.tree.norm(vector)
 
     def after(steps: int):

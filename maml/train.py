@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ def meta_step(
     Raises:
       ValueError: for a meta_batch below 1, devices that do not divide it or are not there, a chunk that does not divide a part.
     """
-    if not isinstance(meta_batch, int) or isinstance(meta_batch, bool) or meta_batch < 1:
+    if not isinstance(meta_batch, Integral) or isinstance(meta_batch, bool) or meta_batch < 1:
         raise ValueError(f"meta_batch={meta_batch!r}: give a whole number of tasks, 1 or more")
     mesh, part = tasks_mesh(devices), tasks_each(meta_batch, devices)
     check_chunk(task_chunk, part)

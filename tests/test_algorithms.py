@@ -274,7 +274,8 @@ def test_an_experiments_numbers_for_another_algorithm_are_told(tmp_path):
     told = main(*run, f"hydra.run.dir={tmp_path / 'a'}").out
     assert "algorithm.step_size=0.01: from the experiment, for its own algorithm; conf/algorithm/reptile.yaml" in told
     assert "from the experiment" not in main(*run, "algorithm.step_size=0.01", f"hydra.run.dir={tmp_path / 'b'}").out
-    assert "from the experiment" not in main(*run[2:], f"hydra.run.dir={tmp_path / 'c'}").out
+    assert "from the experiment" not in main(*run, "++algorithm.step_size=0.01", f"hydra.run.dir={tmp_path / 'c'}").out
+    assert "from the experiment" not in main(run[0], "algorithm=maml", *run[3:], f"hydra.run.dir={tmp_path / 'd'}").out
 
 
 def test_a_new_algorithm_is_one_file(tmp_path):

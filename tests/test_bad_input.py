@@ -114,10 +114,13 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
         ("+sed=1", ["error: sed: no such key", "seed"]),
         ("+diagnostics.curvature.evry=1", ["diagnostics.curvature.evry: no such key", "every"]),
         ("+quantization.bit=3", ["quantization.bit: no such key", "bits"]),
-        ("quantization.bits=2", ["quantization.bits: neither the model nor the algorithm reads it", "mlp_quantized"]),
+        (
+            "quantization.bits=2",
+            ["quantization.bits: neither model maml.models.MLP nor algorithm maml reads it", "mlp_quantized"],
+        ),
         (
             ("algorithm=maml_on_grid", "quantization.activations=8"),
-            ["quantization.activations: neither the model nor the algorithm reads it"],
+            ["quantization.activations: neither model", "maml_on_grid reads it"],
         ),
         ("model.hidden=[8,0]", ["hidden=[8, 0], context=0: give a list of widths of 1 or more"]),
         ("+algorithm.stepsize=0.1", ["algorithm.stepsize: nothing in algorithm maml reads it", "step_size"]),

@@ -186,6 +186,13 @@ def test_of_a_gradient_that_is_zero_nothing_is_left():
     np.testing.assert_array_equal(residual(lambda u: 2 * u, jnp.zeros(3), 2), np.zeros(3))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20])
+def test_the_residual_is_that_of_a_vector_of_any_size(size):
+    """Of diag(1, 4) and (1, 1): after one step w = 0.4 (1, 1), so that |(0.4, 1.6) - (1, 1)| / |(1, 1)| = 0.6."""
+    found = residual(lambda u: jnp.array([1.0, 4.0], jnp.float32) * u, jnp.full(2, size, jnp.float32), 2)
+    np.testing.assert_allclose(found, [1, 0.6, 0], atol=1e-6)
+
+
 def test_a_semi_gradient_has_no_optimum():
     loss = semi_gradient(lambda p, t, b, k: (jnp.sum((p - t + b) ** 2), {}))  # noqa: ARG005
     with pytest.raises(ValueError, match="semi-gradient"):

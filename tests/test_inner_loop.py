@@ -205,20 +205,26 @@ def test_in_float32_too_the_meta_gradient_at_zero_gradient_is_finite(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(adapted))(params)))
 
 
-def test_norms_of_parameters_that_are_zero_leave_the_meta_gradient_finite():
-    """Biases start at zero, where the derivative of their norm is infinite; the clipped step is that of optax."""
-    optimizer = optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1))
-    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros((1, 3))}
-    loss = mse(lambda p, x: x @ p["kernel"] + p["bias"])
-    support = (jnp.ones((4, 2)), jnp.zeros((4, 3)))
-    gradient = jax.grad(lambda p: loss(unroll(optimizer, 3)(loss, p, support, KEY).params, support, KEY)[0])(params)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
-    by_hand = params
-    for _ in range(3):
-        grads = jax.grad(lambda p: loss(p, support, KEY)[0])(by_hand)
-        by_hand = optax.apply_updates(by_hand, optimizer.update(grads, optimizer.init(by_hand), by_hand)[0])
-    adapted = unroll(optimizer, 3)(loss, params, support, KEY).params
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), adapted, by_hand)
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["lars", "trust ratio", "lamb"])
+def test_trust_ratios_of_biases_that_are_zero_are_differentiated_as_they_are(name):
+    """At zero the ratio is 1; 1e-15 beside it would be 1e-15. Along the data, which leave the biases at zero."""
+    optimizer = {
+        "lars": optax.lars(0.1),
+        "trust ratio": optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.1)),
+        "lamb": optax.lamb(0.02, eps=1e-2),
+    }[name]
+    params = {"kernel": random_like(0, jnp.zeros((2, 3))), "bias": jnp.zeros((1, 3))}
+    loss = mse(lambda p, x: jnp.tanh(x @ p["kernel"] + p["bias"]))
+    x, y = random_like(1, (jnp.zeros((4, 2)), jnp.zeros((4, 3))))
+
+    def query(y):
+        return loss(unroll(optimizer, 1)(loss, params, (x, y), KEY).params, (x, 0 * y), KEY)[0]
+
+    direction = random_like(2, y)
+    expected = central_difference(query, y, direction)
+    assert abs(expected) > 1e-4
+    assert dot(jax.grad(query)(y), direction) == pytest.approx(expected, rel=1e-6)
 
 
 def image_task(seed: int, ways: int = 3, size: int = 16):

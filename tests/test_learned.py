@@ -23,6 +23,7 @@ from maml.inner_loop import (
     unroll,
     with_prototypes,
 )
+from maml.inner_loop.parts import first_row
 from maml.losses import cross_entropy, mse
 from maml.models import MLP, functional
 from maml.objectives import parameter_distance, query_loss
@@ -364,7 +365,7 @@ def test_the_keys_of_shuffles_are_not_those_of_the_loss():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("outside", ["minibatches", "per_step", "two of per_step"])
+@pytest.mark.parametrize("outside", ["minibatches", "per_step", "two of per_step", "only"])
 def test_rows_and_minibatches_go_together_in_any_order(outside):
     """One step of each minibatch by hand, with the rows of its step; the examples of a batch are those without rows."""
     data = jnp.arange(1.0, 6.0)
@@ -380,11 +381,17 @@ def test_rows_and_minibatches_go_together_in_any_order(outside):
         "minibatches": lambda: minibatches(2, a(b(base))),
         "per_step": lambda: a(b(minibatches(2, base))),
         "two of per_step": lambda: a(minibatches(2, b(base))),
+        "only": lambda: only(lambda path, _: path[0] != "c", a(b(minibatches(2, base)))),
     }[outside]()
-    params = {"a": jnp.array([1.0, 2.0, 3.0]), "b": jnp.array([0.5, 1.5, 1.0]), "w": jnp.float64(2.0)}
-    assert jax.tree.map(
-        jnp.shape, initial(adapt, jax.tree.map(lambda x: jnp.ones_like(x[..., 0]) if x.ndim else x, params), KEY)
-    )
+    params = {
+        "a": jnp.array([1.0, 2.0, 3.0]),
+        "b": jnp.array([0.5, 1.5, 1.0]),
+        "c": jnp.float64(7.0),
+        "w": jnp.float64(2.0),
+    }
+    made = initial(adapt, dict.fromkeys("abcw", jnp.float64(1.0)), KEY)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(float, first_row(adapt)(params)) == {"a": 1.0, "b": 0.5, "c": 7.0, "w": 2.0}
     path = adapt(loss, params, data, KEY).trace.params["w"]
     plain = minibatches(2, unroll(optax.sgd(1.0), 3))
     counts = plain(lambda p, i, k: (-jnp.sum(p[i]), {}), jnp.zeros(5), jnp.arange(5), KEY).trace.params  # noqa: ARG005

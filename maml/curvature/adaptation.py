@@ -46,7 +46,7 @@ def adaptation_path(adapt: Adapt, loss: Loss, params: Params, support: Batch, ke
     path = adapt(loss, params, support, key).trace.params
     after = jax.tree.map(lambda x: x[1:], path)
     start = params.params if isinstance(params, MetaParams) else params
-    before = jax.tree.map(lambda x, of: x[:-1] if x.shape[1:] == of.shape else x[1:], path, start)
+    before = jax.tree.map(lambda x, of: x[:-1] if x.shape[1:] == jnp.shape(of) else x[1:], path, start)
     count = len(jax.tree.leaves(after)[0])
 
     def one(each):

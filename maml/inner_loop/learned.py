@@ -1,5 +1,6 @@
 """Inner loops whose step sizes, or anything else that they close over, are meta-parameters."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -65,13 +66,6 @@ def learned_hyperparameters(
         plain = optimizer(**initial)
     except TypeError as error:
         raise ValueError(f"initial={dict(initial)}: {error}; name what this optimizer has") from error
-    for name, value in initial.items():
-        try:
-            jax.eval_shape(lambda x, name=name: _first_update(optimizer(**{**initial, name: x})), float(value))
-        except jax.errors.ConcretizationTypeError as error:
-            raise ValueError(
-                f"initial: {name} is a flag or a count of this optimizer, and cannot be learned"
-            ) from error
     unroll(plain, steps, **how)  # refuses what it refuses
     rows = max(steps, 1)
 
@@ -82,18 +76,24 @@ def learned_hyperparameters(
         _check_rows(steps, inner)
         return unroll(_by_step(optimizer, values), steps, **how)
 
+    def update(name, value, params):
+        made = optimizer(**{**initial, name: value})
+        return made.update(params, made.init(params), params)[0]
+
     def init(params, key):
         del key
+        for name, value in initial.items():
+            try:
+                jax.eval_shape(functools.partial(update, name), float(value), params)
+            except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
+                raise ValueError(
+                    f"initial: {name} is a flag or a count of this optimizer, and is not learned"
+                ) from error
         dtype = jnp.result_type(*jax.tree.leaves(params))
         start = {name: jnp.full((rows,) * per_step, value, dtype) for name, value in initial.items()}
         return jax.tree.map(jnp.log, start) if positive else start
 
     return learned(make, init)
-
-
-def _first_update(optimizer: optax.GradientTransformation) -> optax.Updates:
-    params = jnp.ones(1)
-    return optimizer.update(params, optimizer.init(params), params)[0]
 
 
 def _by_step(optimizer: Callable[..., optax.GradientTransformation], rows: Mapping[str, jax.Array]):

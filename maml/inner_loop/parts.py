@@ -50,11 +50,21 @@ def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
         return Adapted(join(adapted.params), trace)
 
     def init(params, key):
-        made = initial(adapt, split(params)[0], key)
-        return MetaParams(params, made.inner) if isinstance(made, MetaParams) else params
+        moving, join = split(params)
+        made = initial(adapt, moving, key)
+        return MetaParams(join(made.params), made.inner) if isinstance(made, MetaParams) else join(made)
 
-    partial_adapt.init = init
+    def seen_first(model):
+        moving, join = split(model)
+        return join(first_row(adapt)(moving))
+
+    partial_adapt.init, partial_adapt.first_row = init, seen_first
     return partial_adapt
+
+
+def first_row(adapt: Adapt) -> Callable[[Params], Params]:
+    """From the parameters that an inner loop is given to those before its first step: `per_step` has rows of some."""
+    return getattr(adapt, "first_row", lambda params: params)
 
 
 _ROOT = ("",)
@@ -102,7 +112,7 @@ def started(start: Callable[[Loss, Params, Any], Params], adapt: Adapt) -> Adapt
             params = start(loss, params, support)
         return adapt(loss, params, support, key)
 
-    adapt_from.init = lambda params, key: initial(adapt, params, key)
+    adapt_from.init, adapt_from.first_row = lambda params, key: initial(adapt, params, key), first_row(adapt)
     return adapt_from
 
 
@@ -150,6 +160,7 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
         return adapt(_seen(loss, lambda params, _: params, part, indexed=True), params, support, key)
 
     adapt_on_minibatches.init = lambda params, key: initial(adapt, params, key)
+    adapt_on_minibatches.first_row = first_row(adapt)
     return adapt_on_minibatches
 
 
@@ -213,7 +224,7 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
 
         return MetaParams(stack(made.params), made.inner) if isinstance(made, MetaParams) else stack(made)
 
-    adapt_with_rows.init, adapt_with_rows.first_row = init, lambda params: at(params, 0)
+    adapt_with_rows.init, adapt_with_rows.first_row = init, lambda params: first_row(adapt)(at(params, 0))
     return adapt_with_rows
 
 

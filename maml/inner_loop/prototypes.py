@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maml.inner_loop.parts import started
+from maml.inner_loop.parts import first_row, started
 from maml.types import Adapt, Loss, Params, leaf_name
 
 KINDS = ("euclidean", "cosine")
@@ -33,10 +33,8 @@ def with_prototypes(adapt: Adapt, kind: str = "euclidean", head: str = "head") -
     """
     check_kind(kind)
 
-    seen_at = getattr(adapt, "first_row", lambda params: params)
-
     def place(loss: Loss, params: Params, support) -> Params:
-        new = _prototypes(loss, seen_at(params), support, kind, head)
+        new = _prototypes(loss, first_row(adapt)(params), support, kind, head)
 
         def one(path, x):
             return new[_part(path, head)].astype(x.dtype) if _part(path, head) in new else x

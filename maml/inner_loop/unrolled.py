@@ -134,22 +134,19 @@ def _joined(traces: Sequence[Trace]) -> Trace:
 
 
 def _update(optimizer: optax.GradientTransformation, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-    """The optimizer's update and state: their values where they are asked, their derivatives 1e-15 beside every zero.
+    """The optimizer's update and state: their values at the gradient, their derivatives 1e-15 beside it where it is zero.
 
     Adam and its kin take the root of a running mean of squares, and norms the root of a sum: at zero the derivative of the
     root is infinite, and the chain rule gives inf · 0 = NaN in the meta-gradient (optax #882), although the map from gradient to
-    update has a derivative there. So with norms of parameters, where biases start at zero. The values are optax's own to the bit.
-    An optimizer that only adds and multiplies, as SGD and momentum do, needs no second update.
+    update has a derivative there. The values are optax's own to the bit. An optimizer that only adds and multiplies, as SGD and
+    momentum do, needs no second update. Parameters stay where they are: beside zero trust ratios (LARS, LAMB) are others.
     """
     made = jax.make_jaxpr(optimizer.update)(grads, state, params)
     if all(eqn.primitive.name in _SMOOTH for eqn, _ in equations(made.jaxpr)):
         return optimizer.update(grads, state, params)
     values = optimizer.update(*jax.tree.map(lax.stop_gradient, (grads, state, params)))
-
-    def beside(x):
-        return x + lax.stop_gradient(jnp.where(x == 0, _TINY, 0).astype(x.dtype))
-
-    moved = optimizer.update(jax.tree.map(beside, grads), state, jax.tree.map(beside, params))
+    beside = jax.tree.map(lambda g: g + lax.stop_gradient(jnp.where(g == 0, _TINY, 0).astype(g.dtype)), grads)
+    moved = optimizer.update(beside, state, params)
 
     def join(value, moved):
         # `value` may still depend on what the optimizer closes over (learned step sizes): their derivative is that of `moved`.
