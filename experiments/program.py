@@ -14,11 +14,10 @@ from typing import Any, NoReturn
 
 import hydra
 import jax
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import build
@@ -122,15 +121,12 @@ def of_experiment(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequen
     files = [CONF / f"{name}.yaml" for name in ("config", f"experiment/{experiment}", f"algorithm/{chosen}")]
     if not any(text.startswith("algorithm=") for text in overrides) or not all(file.exists() for file in files):
         return {}
-    main, own, values = (yaml.safe_load(file.read_text()) for file in files)
-    chosen_by = {
-        k: v
-        for part in (main, own)
-        for entry in part.get("defaults", ())
-        if isinstance(entry, dict)
-        for k, v in entry.items()
-    }
-    if chosen == chosen_by.get("override /algorithm", chosen_by.get("algorithm")):
+    contents: list[Any] = [OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files]
+    main, own, values = contents
+    defaults: dict[str, Any] = {}
+    for entry in (*main["defaults"], *own.get("defaults", ())):
+        defaults |= entry if isinstance(entry, dict) else {}
+    if chosen == defaults.get("override /algorithm", defaults["algorithm"]):
         return {}
     typed = {found[1] for found in (re.match(r"\+{0,2}algorithm\.(\w+)=", text) for text in overrides) if found}
     return {

@@ -53,6 +53,8 @@ def test_the_paths_it_names_exist():
         for path in re.findall(r"`((?:maml|conf|experiments|benchmarks|docker|tests)/[\w/.*]*)`", text)
     ]
     linked = re.findall(r"\]\(([\w/.]+)\)", TEXT)
+    for page in (ROOT / "docs").glob("*.md"):
+        assert all((page.parent / link).exists() for link in re.findall(r"\]\(([\w/.]+)\)", page.read_text())), page
     assert {"docs/results.md", "docs/own_parts.md", "RESULTS.md"} <= set(linked)
     for path in [*named, *linked]:
         assert list(ROOT.glob(path.rstrip("/") or ".")), path
