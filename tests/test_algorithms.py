@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from experiments import build
+from experiments.program import of_experiment
 from maml import train
 from maml.derivatives import first_order
 from maml.inner_loop import learned_step_sizes, only, per_step, unroll, with_prototypes
@@ -270,12 +271,21 @@ def test_what_makes_a_head_of_prototypes_takes_no_other():
 
 def test_an_experiments_numbers_for_another_algorithm_are_told(tmp_path):
     """The sinusoid of 10 shots sets a step size of 0.01; that of Reptile's file is another, and what is typed is nobody's."""
-    run = ["experiment=finn2017/sinusoid_10shot", "algorithm=reptile", "optimizer=reptile", *SMALL[:-1], "logger=quiet"]
-    told = main(*run, f"hydra.run.dir={tmp_path / 'a'}").out
+    run = ["experiment=finn2017/sinusoid_10shot", "algorithm=reptile", "optimizer=reptile"]
+    told = main(*run, *SMALL[:-1], "logger=quiet", f"hydra.run.dir={tmp_path}").out
     assert "algorithm.step_size=0.01: from the experiment, for its own algorithm; conf/algorithm/reptile.yaml" in told
-    assert "from the experiment" not in main(*run, "algorithm.step_size=0.01", f"hydra.run.dir={tmp_path / 'b'}").out
-    assert "from the experiment" not in main(*run, "++algorithm.step_size=0.01", f"hydra.run.dir={tmp_path / 'c'}").out
-    assert "from the experiment" not in main(run[0], "algorithm=maml", *run[3:], f"hydra.run.dir={tmp_path / 'd'}").out
+
+    def of(algorithm, *typed, experiment="finn2017/sinusoid_10shot"):
+        overrides = [f"experiment={experiment}", f"algorithm={algorithm}", *typed]
+        choices = {"experiment": experiment, "algorithm": algorithm}
+        return of_experiment(config(*(text.removeprefix("++") for text in overrides)), choices, overrides)
+
+    assert of("reptile") == {"step_size": 0.01}
+    assert of("reptile", "algorithm.step_size=0.01") == of("reptile", "++algorithm.step_size=0.01") == {}
+    assert of("maml") == {}  # its own
+    assert of("imaml", experiment="rajeswaran2019/omniglot_5way_1shot") == {}
+    assert of("maml", experiment="rajeswaran2019/omniglot_5way_1shot") == {"steps": 16, "step_size": 0.1}
+    assert of_experiment(config(run[0]), {"experiment": "finn2017/sinusoid_10shot", "algorithm": "maml"}, run[:1]) == {}
 
 
 def test_a_new_algorithm_is_one_file(tmp_path):
