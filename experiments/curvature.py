@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import build
@@ -243,7 +244,7 @@ def solve_residuals(
     if (how := _node(OmegaConf.to_container(cfg.algorithm, resolve=True), "maml.implicit.implicit")) is None:
         return None
     adapt, norm = inner_loop(cfg), cfg.algorithm.objective.get("norm", "batch")
-    shift = how.get("strength", 1.0) + how.get("damping", 0.0)
+    shift = sum(instantiate({k: how.get(k, default) for k, default in (("strength", 1.0), ("damping", 0.0))}).values())
     keys = keys_for(root, "diagnose/solve", 0, len(jax.tree.leaves(tasks)[0]))
 
     def one(pair):

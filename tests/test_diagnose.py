@@ -314,6 +314,16 @@ def test_the_report_of_imaml_has_its_solve_and_that_of_maml_none():
     assert diagnose._learned(*begun(*SMALL, "algorithm=imaml", *solve), []) == ({}, {})
 
 
+def test_the_solve_of_a_strength_that_a_node_makes_is_that_of_the_number():
+    def left(strength):
+        solve = ("algorithm.steps=3", "algorithm.cg_steps=2", "algorithm.damping=0.5", f"algorithm.strength={strength}")
+        cfg, learner, kept = begun(*SMALL, "algorithm=imaml", *solve)
+        _, *at = diagnose._at(cfg, learner, kept[0].state)
+        return curvature.solve_residuals(cfg, *at, moved=list(paths(kept[0].state.params)))
+
+    np.testing.assert_allclose(left("{_target_:jax.numpy.asarray,_args_:[2.0]}"), left(2.0), rtol=1e-4)
+
+
 def test_the_report_shows_what_the_inner_loop_has_learned():
     """At the start, where all step sizes are 0.1."""
     per_step = ("algorithm.adapt.adapt.per=tensor", "algorithm.adapt.adapt.per_step=true", "algorithm.steps=2")
