@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_left_out_of_the_report(done, tmp_path, caplog):
     cfg, learner, kept, logged = diagnose.load(tmp_path / "run", ["diagnostics.curvature.tasks=3"])
     assert list(kept) == [4]
     assert "damaged, skipped" in caplog.text
-    rows = diagnose.diagnose(cfg, learner, kept, logged)["first_order"]
+    rows = diagnose._curvature(cfg, learner, kept, logged)[0]["first_order"]
     assert [row["meta_step"] for row in rows] == [2, 4]  # what was logged is there
     null = {"step": 3, "diagnostics/curvature/first_order_cosine": None}
     found = diagnose._first_order([*logged, null])  # JSON's NaN
@@ -202,7 +202,13 @@ def test_spectra_are_those_over_what_the_inner_loop_moves():
         assert measured.stable.step_size[i] == pytest.approx(2 / eigenvalues[-1], rel=1e-4)
 
 
-@pytest.mark.parametrize("overrides", [("algorithm=fomaml", "algorithm.step_size=0.1"), ("algorithm=meta_sgd",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(("algorithm=fomaml", "algorithm.step_size=0.1"), marks=pytest.mark.slow),
+        ("algorithm=meta_sgd",),
+    ],
+)
 def test_the_meta_hessian_and_the_update_are_those_of_dense_matrices(overrides):
     """The Hessian is that of the whole objective, also of a first-order algorithm, the update that of the model's parameters."""
     cfg = config(*SMALL, *overrides, "algorithm.steps=2", "model.hidden=[3]", "model.kernel_init.stddev=0.5")

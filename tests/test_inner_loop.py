@@ -425,14 +425,16 @@ def test_a_target_network_sees_minibatches_as_the_plain_loop_does():
     """With the target at hand in each step it is `unroll`, whose minibatches tests/test_learned.py has by hand."""
     task = jax.tree.map(lambda x: x[0], boyan_chain(shots=10)(jax.random.split(KEY, 1)))
     loss, params = td0(lambda p, x: x @ p["w"]), {"w": jnp.zeros((4, 1))}
-    ends = [
-        minibatches(5, loop)(loss, params, task.support, KEY).params["w"]
-        for loop in (
-            target_network(optax.sgd(0.1), 3),
-            unroll(optax.sgd(0.1), 3),
-            target_network(optax.sgd(0.1), 3, period=2),
-        )
-    ]
+
+    @jax.jit
+    def ends(params):
+        target, delayed = (target_network(optax.sgd(0.1), 3, period=n) for n in (1, 2))
+        return [
+            minibatches(5, loop)(loss, params, task.support, KEY).params["w"]
+            for loop in (target, unroll(optax.sgd(0.1), 3), delayed)
+        ]
+
+    ends = ends(params)
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
     assert np.abs(ends[2] - ends[1]).max() > 1e-4
 
