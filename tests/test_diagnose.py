@@ -258,6 +258,7 @@ def test_the_bound_is_compared_with_the_step_size_of_sgd_alone(overrides, size):
     assert curvature.sgd_step_size(config(*SMALL, *own, *overrides)) == size
 
 
+@pytest.mark.slow
 def test_of_imaml_there_is_the_update_and_no_meta_hessian():
     """∂θ_K/∂θ₀ of the proximal optimum is (I + H/λ)⁻¹: its largest singular value from the dense Hessian there."""
     small = ("model.hidden=[3]", "model.kernel_init.stddev=0.5", "algorithm.cg_steps=30", "algorithm.steps=400")
