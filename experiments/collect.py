@@ -170,8 +170,9 @@ def _paper_figures(
     """
     paper = config.get("paper") or {}
     varied = [(config.get(part) or {}).get("least_ways") for part in ("task", "evaluation")]
-    asked = {f"evaluation.{name}" for name in ("prototypes", "rotations", "batch")} & set(overrides)
-    if any(varied) or asked:  # no paper's figure is of tasks of varied sizes, nor of these changes
+    asked = {"evaluation.rotations", "evaluation.batch"} & set(overrides)
+    other_head = protocol.get("prototypes") != (paper.get("protocol") or {}).get("prototypes")
+    if any(varied) or asked or other_head:  # no paper's figure is of tasks of varied sizes, nor of these changes
         return NONE, {}
     same_task = (config.get("task") or {}).get("_target_") == paper.get(
         "task", (config.get("task") or {}).get("_target_")

@@ -38,11 +38,10 @@ class Console:
         metrics = {name: value for name, value in metrics.items() if "/layer/" not in name}
         parts = [f"step {step}"]
         parts += [f"{name} {value:.4g}" for name, value in _last_inner_steps(metrics).items()]
-        last_step, last_time = self._since or (-1, 0.0)
-        if step > last_step:  # not when a second set of metrics is logged at the same step
+        if self._since is None or step > self._since[0]:  # not when a second set of metrics is logged at the same step
             now = time.perf_counter()
-            rate = (step - last_step) / (now - last_time)
             if self._since:
+                rate = (step - self._since[0]) / (now - self._since[1])
                 parts.append(f"({rate:.0f} steps/s)" if rate >= 100 else f"({rate:.3g} steps/s)")
             self._since = step, now
         self._bar.write("  ".join(parts), file=sys.stderr)

@@ -384,13 +384,16 @@ def test_the_last_checkpoint_by_number_is_the_one_that_is_taken_without(tmp_path
 
 def test_no_papers_figure_stands_beside_another_head_other_rotations_or_minibatches(tmp_path):
     """What papers do not name in their protocol, and nobody may change under their figure."""
-    changes = ("evaluation.prototypes=cosine", "evaluation.rotations=none", "+evaluation.batch=3", "evaluation.seed=3")
-    for i, change in enumerate(changes):
-        make_run(tmp_path / f"runs/{i}", overrides=[change], config={"which": i})
-    rows = made(tmp_path)[1]
-    shown = [row[f"paper: {STEP_1}"] != "–" for row in rows]
-    assert len(rows) == 4
-    assert sum(shown) == 1  # another seed draws other tasks, of the same protocol
+    head = {"protocol": PROTOCOL["protocol"] | {"prototypes": "cosine"}}
+    cases = [("evaluation.rotations=none", {}), ("+evaluation.batch=3", {}), ("evaluation.prototypes=cosine", head)]
+    # No head of prototypes is the paper's, and another seed draws other tasks of the same protocol.
+    cases += [("evaluation.prototypes=null", {}), ("evaluation.seed=3", {})]
+    shown = []
+    for i, (change, summary) in enumerate(cases):
+        make_run(tmp_path / f"{i}", overrides=[change], **summary)
+        (row,) = made(tmp_path, tmp_path / f"{i}")[1]
+        shown.append(f"paper: {STEP_1}" in row)
+    assert shown == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("part", ["task", "evaluation"])

@@ -53,7 +53,8 @@ def learned_hyperparameters(
 
     Raises:
       ValueError: as `unroll`, for no hyperparameters, one that is no number or that `optimizer` does not take, and a positive one
-        that does not start above 0; when traced, for more steps than were learned.
+        that does not start above 0; when initialised, for a flag or a count of the optimizer; when traced, for more steps than
+        were learned.
     """
     for name, value in initial.items():
         if not isinstance(value, Real) or isinstance(value, bool):

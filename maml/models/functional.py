@@ -89,6 +89,8 @@ def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any,
 
     once: a batch norm that is called twice is refused, for what it keeps are the statistics of its last call.
     """
+    if not (once or isinstance(inputs, Padded)):
+        return call(model, inputs)
     seen = []  # the norms themselves: an id alone may be that of a later object
 
     def around(own, x, *args, **kwargs):
@@ -102,8 +104,6 @@ def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any,
             kwargs["mask"] = inputs.present.reshape(-1, *[1] * (x.ndim - 1))
         return own(x, *args, **kwargs)
 
-    if not (once or isinstance(inputs, Padded)):
-        return call(model, inputs)
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]
     for norm in norms:
         hook(norm, around)
