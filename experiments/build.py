@@ -18,7 +18,7 @@ from maml.evaluate import Evaluator, Protocol, check_sizes, ensemble_adapt, ense
 from maml.inner_loop import with_prototypes
 from maml.models import functional
 from maml.random import key_for
-from maml.types import Adapt, Apply, Loss, Objective, Padded, Params, Sampler, as_argument, initial
+from maml.types import Adapt, Apply, Loss, Objective, Padded, Params, Sampler, as_argument, initial, whole
 
 
 @dataclass
@@ -351,7 +351,7 @@ def check(cfg: DictConfig) -> None:
     """
     for name, least in _WHOLE.items():
         value = _value(cfg, name, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not whole(value, least):
             raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
     for name in _POSITIVE:
         value = _value(cfg, name, 1)

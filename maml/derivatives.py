@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad
 
-from maml.types import Batch, Key, Loss, Metrics, Params
+from maml.types import Batch, Key, Loss, Metrics, Params, whole
 
 Gradient = Callable[[Params, Batch, Key], tuple[Params, Metrics]]
 Derivative = Callable[[Loss], Gradient]
@@ -197,7 +197,7 @@ def truncated(last: int, derivative: Derivative = mixed) -> Truncated:
     Raises:
       ValueError: for a negative or fractional number of steps.
     """
-    if not isinstance(last, int) or isinstance(last, bool) or last < 0:
+    if not whole(last, 0):
         raise ValueError(f"last={last!r}: give a whole number of inner steps, 0 or more")
     return Truncated(last, derivative)
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from maml.inner_loop import check_kind
 from maml.metrics import Interval, interval
 from maml.objectives import check_norm, with_norm
 from maml.random import keys_for
-from maml.types import Adapt, Adapted, Apply, Conditioned, Joint, Loss, Params, Sampler, Trace, as_argument
+from maml.types import Adapt, Adapted, Apply, Conditioned, Joint, Loss, Params, Sampler, Trace, as_argument, whole
 
 Evaluator = Callable[[Params], dict[str, Interval]]
 
@@ -65,7 +64,7 @@ class Protocol:
             value = getattr(self, name)
             if name == "batch" and value is None:  # that of training
                 continue
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            if not whole(value, least):
                 raise ValueError(f"evaluation.{name}={value!r}: give a whole number, {least} or more")
         check_norm(self.norm)
         if self.prototypes is not None:
@@ -97,7 +96,7 @@ def evaluate(
 
 def evaluator(sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1) -> Evaluator:
     """`evaluate` as a function of the parameters, compiled once: for validation during training."""
-    if not isinstance(chunk, Integral) or isinstance(chunk, bool) or chunk < 1:
+    if not whole(chunk, 1):
         raise ValueError(f"chunk={chunk!r}: give a whole number of tasks, 1 or more")
     root = jax.random.key(protocol.seed)
     block = min(100, protocol.tasks)

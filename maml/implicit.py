@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from maml.types import Adapt, Adapted, Loss, Params, Trace
+from maml.types import Adapt, Adapted, Loss, Params, Trace, whole
 
 
 def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int = 5, damping: float = 0.0) -> Adapt:
@@ -42,7 +42,7 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
         raise ValueError(
             f"strength={strength}: give λ above 0; at 0 there is nothing that pulls to the meta-parameters"
         )
-    if damping < 0 or not isinstance(cg_steps, int) or isinstance(cg_steps, bool) or cg_steps < 1:
+    if damping < 0 or not whole(cg_steps, 1):
         raise ValueError(f"cg_steps={cg_steps!r}, damping={damping}: give 1 step or more, and a damping of 0 or more")
     if hasattr(search, "init"):
         raise ValueError(

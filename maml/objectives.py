@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from maml.types import Adapt, Adapted, Batch, Conditioned, Joint, Loss, MetaParams, Metrics, Objective, Params
+from maml.types import Adapt, Adapted, Batch, Conditioned, Joint, Loss, MetaParams, Metrics, Objective, Params, whole
 
 NORMS = ("batch", "support", "joint")
 
@@ -129,7 +129,7 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int 
         and a `last` of more steps than the inner loop has.
     """
     check_norm(norm)
-    if last is not None and (not isinstance(last, int) or isinstance(last, bool) or last < 1):
+    if last is not None and not whole(last, 1):
         raise ValueError(f"last={last!r}: give inner steps, 1 or more, or None for all")
 
     def objective(meta_params, task, key, step):

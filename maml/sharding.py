@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from maml.types import whole
+
 TASKS = "tasks"
 """The name of the mesh's axis."""
 
@@ -20,7 +22,7 @@ def tasks_mesh(devices: int | str) -> Mesh | None:
     """
     there = jax.devices()
     count = len(there) if devices == "all" else devices
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= len(there):
+    if not whole(count, 1) or count > len(there):
         raise ValueError(
             f"devices={devices!r}: there are {len(there)} of kind {there[0].device_kind}; give 1 to that, or all"
         )

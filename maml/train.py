@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jax import lax
 
 from maml.random import keys_for
 from maml.sharding import mean_over_devices, tasks_each, tasks_mesh
-from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument
+from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument, whole
 
 
 class MetaState(NamedTuple):
@@ -55,7 +54,7 @@ def meta_step(
     Raises:
       ValueError: for a meta_batch below 1, devices that do not divide it or are not there, a chunk that does not divide a part.
     """
-    if not isinstance(meta_batch, Integral) or isinstance(meta_batch, bool) or meta_batch < 1:
+    if not whole(meta_batch, 1):
         raise ValueError(f"meta_batch={meta_batch!r}: give a whole number of tasks, 1 or more")
     mesh, part = tasks_mesh(devices), tasks_each(meta_batch, devices)
     check_chunk(task_chunk, part)
@@ -82,7 +81,7 @@ def check_chunk(task_chunk: int | str, count: int) -> None:
     """ValueError for other than auto, all, or a divisor of the number of tasks."""
     if task_chunk in ("auto", "all"):
         return
-    if not isinstance(task_chunk, int) or isinstance(task_chunk, bool) or task_chunk < 1 or count % task_chunk:
+    if not whole(task_chunk, 1) or count % task_chunk:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ValueError(f"task_chunk={task_chunk!r}: give auto, all or a divisor of {count} tasks: {divisors}")
 

@@ -5,9 +5,10 @@ execution and never of mathematics, so no signature here has a batch-of-tasks ax
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 Params = PyTree
@@ -54,6 +55,11 @@ class Padded(NamedTuple):
     inputs: Array
     present: Array
     ways: Array
+
+
+def whole(value: Any, least: int) -> TypeGuard[int]:
+    """Whether a value is a whole number, `least` or more: Python's or NumPy's, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def padded(batch: Batch) -> bool:

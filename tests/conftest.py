@@ -1,5 +1,6 @@
 """Strict settings: rank promotion raises, warnings are errors (pyproject.toml), annotations are checked."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(20_000, 10, 10)  # tracing makes many objects: with Python's 700 the collector takes 4 % of the time
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maml.inner_loop.parts import composed
-from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, initial, leaf_name, own
+from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, initial, leaf_name, own, whole
 
 
 def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0) -> Adapt:
@@ -24,7 +24,7 @@ def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0)
       ValueError: for a rank below 1; at `init`, where nothing of two or more axes fits `where`, and around a learned inner loop;
         when traced, for plain parameters.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not whole(rank, 1):
         raise ValueError(f"rank={rank!r}: give a whole number, 1 or more")
 
     def adapt_factors(loss: Loss, params, support, key) -> Adapted:

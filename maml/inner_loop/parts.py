@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from maml.random import key_for
-from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded
+from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded, whole
 
 
 def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
@@ -135,7 +135,7 @@ def minibatches(size: int, adapt: Adapt) -> Adapt:
     """
     if hasattr(adapt, "carried"):
         raise ValueError("minibatches: this loop carries a state from task to task; give its size to carried_state")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not whole(size, 1):
         raise ValueError(f"size={size!r}: give the examples of a minibatch, 1 or more")
 
     def adapt_on_minibatches(loss: Loss, params, support, key) -> Adapted:
@@ -182,7 +182,7 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
     Raises:
       ValueError: for negative rows, or a filter that selects nothing; when traced, for more inner steps than rows.
     """
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+    if not whole(rows, 0):
         raise ValueError(f"rows={rows!r}: give a row for each inner step, 0 or more")
     selects = nnx.filterlib.to_predicate(where)
 

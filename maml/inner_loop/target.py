@@ -9,7 +9,7 @@ import optax
 from maml.derivatives import Derivative, Truncated, reverse
 from maml.inner_loop.unrolled import unroll
 from maml.losses import semi_gradient
-from maml.types import Adapt, Adapted, Loss, Params, Trace
+from maml.types import Adapt, Adapted, Loss, Params, Trace, whole
 
 
 class WithTarget(NamedTuple):
@@ -42,7 +42,7 @@ def target_network(
     Raises:
       ValueError: for a rate or a period outside of their range, and as `unroll`; when traced, for a loss that has no target.
     """
-    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+    if not whole(period, 1):
         raise ValueError(f"period={period!r}: give a whole number of steps, 1 or more")
     if isinstance(rate, int | float) and not 0 < rate <= 1:
         raise ValueError(f"rate={rate}: give a number above 0 and not above 1")

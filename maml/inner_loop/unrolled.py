@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from maml.derivatives import Derivative, Truncated, equations, in_bfloat16, pieces, reverse
-from maml.types import Adapt, Adapted, Indexed, Loss, Params, Trace
+from maml.types import Adapt, Adapted, Indexed, Loss, Params, Trace, whole
 
 _GRADIENT = "inner_gradient"
 """The name under which rematerialisation finds what it keeps."""
@@ -51,9 +51,9 @@ def unroll(
     Raises:
       ValueError: at the call of this factory, for a negative or fractional number of steps, a block of none, another precision.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+    if not whole(steps, 0):
         raise ValueError(f"steps={steps!r}: the inner loop takes a whole number of steps, 0 or more")
-    if remat is not None and (not isinstance(remat, int) or isinstance(remat, bool) or remat < 1):
+    if remat is not None and not whole(remat, 1):
         raise ValueError(f"remat={remat!r}: give the steps of a block, 1 or more, or None to keep everything")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision={precision!r}: give float32 or bfloat16")

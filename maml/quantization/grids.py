@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from maml.quantization.quantizer import Codes, Quantizer, identity
+from maml.types import whole
 
 
 def uniform(
@@ -138,7 +139,7 @@ def _others(x, axis: int | None) -> tuple[int, ...]:
 
 def check_bits(bits: Any, least: int) -> None:
     """ValueError for other than a whole number from `least` to 8."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not least <= bits <= 8:
+    if not whole(bits, least) or bits > 8:
         one = " (one bit is `binary`)" if bits == 1 else ""
         raise ValueError(f"bits={bits!r}: give a whole number from {least} to 8{one}")
 

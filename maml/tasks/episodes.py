@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from maml.types import Key, Padded, Sampler, Task
+from maml.types import Key, Padded, Sampler, Task, whole
 
 
 class ClassImages(NamedTuple):
@@ -233,7 +233,7 @@ def _check_sizes(data: ClassImages, **sizes: Any) -> None:
 
 
 def _check_size(name: str, size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not whole(size, 1):
         raise ValueError(f"{name}={size!r}: give a whole number, 1 or more")
 
 

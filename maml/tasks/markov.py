@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from maml.types import Sampler, Task
+from maml.types import Sampler, Task, whole
 
 
 def markov(
@@ -33,7 +33,7 @@ def markov(
         ("symbols", symbols, 2),
         ("length", length, 1),
     ):
-        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        if not whole(size, least):
             raise ValueError(f"{name}={size!r}: give a whole number, {least} or more")
     if not concentration > 0:
         raise ValueError(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from maml.types import Sampler, Task
+from maml.types import Sampler, Task, whole
 
 
 def sinusoid(
@@ -32,7 +32,7 @@ def sinusoid(
     """
     del split
     for name, size in (("shots", shots), ("queries", queries)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not whole(size, 1):
             raise ValueError(f"{name}={size!r}: give a whole number of points, 1 or more")
     for name, bounds in (("amplitude", amplitude), ("phase", phase), ("inputs", inputs)):
         if len(bounds) != 2 or not bounds[0] < bounds[1]:

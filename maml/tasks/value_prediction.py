@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from maml.types import Key, Sampler, Task, Transitions
+from maml.types import Key, Sampler, Task, Transitions, whole
 
 
 class Process(NamedTuple):
@@ -141,5 +141,5 @@ def _task(key: Key, process: Process, shots: int) -> Task:
 
 def _check(**sizes: tuple[int, int]) -> None:
     for name, (size, least) in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        if not whole(size, least):
             raise ValueError(f"{name}={size!r}: give a whole number, {least} or more")
