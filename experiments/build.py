@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
-from omegaconf import MISSING, Container, DictConfig, OmegaConf
+from omegaconf import MISSING, Container, DictConfig, ListConfig, OmegaConf
 
 from maml import train
 from maml.evaluate import Evaluator, Protocol, check_sizes, ensemble_adapt, ensemble_apply, evaluator
@@ -45,7 +45,7 @@ class Evaluation:
     steps: int = MISSING
     norm: str = MISSING
     seed: int = MISSING
-    step_size: float | None = MISSING
+    step_size: Any = MISSING  # a number, or a list of one for each inner step
     prototypes: str | None = None
     rotations: str | None = None  # of the task; null: those of training
     least_ways: int | None = None  # of tasks that vary; 0: none vary; null: as in training
@@ -245,9 +245,14 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
     task = evaluated_task(cfg)
     settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
+    if "dynamics" in (loss := cfg.task.loss):  # its episodes are what is measured
+        drawn = {k: v for k, v in loss.items() if k in ("horizon", "discount")} | dict(loss.dynamics)
+        settings += [f"{k}={v}" for k, v in drawn.items() if k != "_partial_"]
     if not reads(cfg, "step_size"):
         values["step_size"] = None  # learned, or none: a number that an experiment has for other algorithms is not used
-    values["task"] = " ".join(settings).removeprefix("_target_=")
+    elif isinstance(values["step_size"], ListConfig):
+        values["step_size"] = tuple(values["step_size"])
+    values["task"] = " ".join(settings).replace("_target_=", "")
     return Protocol(**values | changes)
 
 
@@ -278,7 +283,7 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
     step_size = cfg.evaluation.step_size
     cfg.algorithm.steps = protocol.steps
     if "step_size" in cfg.algorithm:
-        cfg.algorithm.step_size = step_size
+        cfg.algorithm.step_size = _scheduled(step_size) if isinstance(step_size, ListConfig) else step_size
     if protocol.batch is not None:
         if "${algorithm.batch}" not in OmegaConf.to_yaml(cfg.algorithm):
             raise ValueError(
@@ -293,6 +298,12 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
             "leave it out"
         )
     return with_prototypes(adapt, protocol.prototypes) if protocol.prototypes else adapt
+
+
+def _scheduled(sizes: Sequence[float]) -> dict[str, Any]:
+    """The node of a schedule of one step size for each inner step."""
+    constants = [{"_target_": "optax.constant_schedule", "value": size} for size in sizes]
+    return {"_target_": "optax.join_schedules", "schedules": constants, "boundaries": list(range(1, len(sizes)))}
 
 
 def evaluation(
@@ -359,7 +370,12 @@ def check(cfg: DictConfig) -> None:
             continue
         if name == "evaluation.step_size" and value is None and "step_size" not in cfg.algorithm:  # learned
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if name == "evaluation.step_size" and isinstance(value, ListConfig):
+            sizes, steps = list(value), cfg.evaluation.steps
+            if len(sizes) != steps or not all(_positive(size) for size in sizes):
+                raise ValueError(f"{name}={sizes}: give a positive number, or one for each of the {steps} steps")
+            continue
+        if not _positive(value):
             raise ValueError(f"{name}={value!r}: give a positive number")
     budget = _value(cfg, "trainer.memory_gb", None)
     if budget is not None and not budget > 0:
@@ -440,6 +456,10 @@ def no_step_size(cfg: DictConfig) -> str:
 def reads(cfg: DictConfig, key: str) -> bool:
     """Whether a part of the algorithm refers to algorithm.KEY."""
     return re.search(rf"(\balgorithm\.|\$\{{\.+){re.escape(key)}\b", OmegaConf.to_yaml(cfg.algorithm)) is not None
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _value(cfg: DictConfig, name: str, default: Any) -> Any:

@@ -21,8 +21,8 @@ from maml.gradcheck import Gradcheck, asymmetry, frozen, meta_gradcheck
 from maml.random import key_for, keys_for
 from maml.types import Objective, Params, Task
 
-STRAIGHT_THROUGH = "straight_through"
-"""The `jax.named_scope` of quantisers: their stopped residuals are constants for the differences (`maml.gradcheck.frozen`)."""
+ESTIMATORS = ("straight_through", "score_function")
+"""The scopes of quantisers and policy gradients: what they stop is constant for the differences (`maml.gradcheck.frozen`)."""
 
 DISAGREES = 1
 
@@ -51,7 +51,7 @@ def check(cfg: DictConfig) -> Gradcheck:
         params = _off(params, key_for(root, "gradcheck/point"))
         keys, key = keys_for(root, "gradcheck/objective", 0, sizes.tasks), key_for(root, "gradcheck/directions")
         f = _mean_over(tasks, keys, objective)
-        program = frozen(f, params, scope=STRAIGHT_THROUGH)
+        program = frozen(f, params, scope=ESTIMATORS)
         found = meta_gradcheck(f, params, key, directions=sizes.directions, epsilon=sizes.epsilon, program=program)
         return found._replace(asymmetry=_asymmetry(cfg, learner, params, jax.tree.map(lambda x: x[0], tasks), key))
 

@@ -35,7 +35,7 @@ class Protocol:
       norm: "batch" (transductive: statistics of the query set), "support" or "joint" (inductive); see `objectives.query_loss`.
       seed: of the draw of the tasks.
       task: the task distribution in words (data set, class split, rotations, ...).
-      step_size: of the inner steps, where it is one number.
+      step_size: of the inner steps, or of each of them; None where it is learned.
       prototypes: "euclidean" or "cosine": the head is made from the support set first (`inner_loop.with_prototypes`): nearest
         centroids, or NIL, with 0 steps. None: it is the one that was learned.
       batch: examples of a minibatch of the inner steps, where they are others than in training (Reptile's evaluation).
@@ -54,7 +54,7 @@ class Protocol:
     norm: str = "batch"
     seed: int = 0
     task: str = ""
-    step_size: float | None = None
+    step_size: float | tuple[float, ...] | None = None
     prototypes: str | None = None
     batch: int | None = None
     ensemble: str | None = None

@@ -11,11 +11,12 @@ ReLU, max-pool and clipping have kinks, where a central difference is that of ne
 one lies between the two points, and the differences at epsilon and at half of it disagree where one does (`spread`).
 
 Quantised models with straight-through estimators have no useful differences: the program is constant almost everywhere. What
-their derivative is, of any order, is that of the program whose stopped residuals are constants (`frozen`).
+their derivative is, of any order, is that of the program whose stopped residuals are constants (`frozen`). So it is with policy
+gradients, whose episodes and advantages are stopped.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -135,7 +136,7 @@ def _relative(a: float, b: float) -> float:
 # --- straight-through estimators: the program whose stopped residuals are constants ---
 
 
-def frozen(f: Program, params: Params, *, scope: str | None = None) -> Program:
+def frozen(f: Program, params: Params, *, scope: str | Sequence[str] | None = None) -> Program:
     """f with everything that passes through `stop_gradient` recorded at `params`, and kept as a constant elsewhere.
 
     A straight-through estimator is sg(Q(x)) + (y(x) - sg(y(x))): with the stopped values constant it is y(x) + c, a program with
@@ -143,13 +144,15 @@ def frozen(f: Program, params: Params, *, scope: str | None = None) -> Program:
     quantiser of another form (a custom derivative) fails it.
 
     Args:
-      scope: only those under a `jax.named_scope` of this name, such as a quantiser's own; None: all. Freezing all makes
-        every semi-gradient by `stop_gradient` and first-order MAML right: it then tests no more than the estimators.
+      scope: only those under a `jax.named_scope` of this name, or of one of these, such as a quantiser's own; None: all.
+        Freezing all makes every semi-gradient by `stop_gradient` and first-order MAML right: it then tests no more than the
+        estimators.
 
     Raises:
       ValueError: where one stands in a while loop or in a branch of a condition.
     """
     closed = jax.make_jaxpr(f)(params)
+    scope = (scope,) if isinstance(scope, str) else scope
     if not any(_stops(eqn, scope) for eqn in _within(closed)):
         return f
 
@@ -168,7 +171,7 @@ def frozen(f: Program, params: Params, *, scope: str | None = None) -> Program:
     return lambda params: replay(params, kept)
 
 
-def _evaluate(closed: Any, arguments: list, scope: str | None, stop: Callable) -> list:
+def _evaluate(closed: Any, arguments: list, scope: Sequence[str] | None, stop: Callable) -> list:
     """Evaluate a jaxpr with `stop` in place of its stop_gradient; what holds none is left whole."""
     jaxpr = _open(closed)
     variables = getattr(jaxpr, "all_invars", None) or [*jaxpr.constvars, *jaxpr.invars]
@@ -190,7 +193,7 @@ def _evaluate(closed: Any, arguments: list, scope: str | None, stop: Callable) -
     return [read(v) for v in jaxpr.outvars]
 
 
-def _descend(eqn: Any, inputs: list, scope: str | None, stop: Callable) -> list:
+def _descend(eqn: Any, inputs: list, scope: Sequence[str] | None, stop: Callable) -> list:
     """An equation that holds a jaxpr with a stop in it: a scan, step by step, or a call."""
     name, inner = eqn.primitive.name, _jaxprs(eqn)[0]
     if name == "scan":
@@ -200,7 +203,7 @@ def _descend(eqn: Any, inputs: list, scope: str | None, stop: Callable) -> list:
     return _evaluate(inner, inputs, scope, stop)
 
 
-def _scan(eqn: Any, body: Any, inputs: list, scope: str | None, stop: Callable) -> list:
+def _scan(eqn: Any, body: Any, inputs: list, scope: Sequence[str] | None, stop: Callable) -> list:
     """What is scanned, and what is stacked, has one axis more outside than in the body."""
     carry = sum(out.aval.ndim == v.aval.ndim for out, v in zip(eqn.outvars, _open(body).outvars, strict=True))
     whole = sum(x.aval.ndim == v.aval.ndim for x, v in zip(eqn.invars, _open(body).invars, strict=True))
@@ -212,8 +215,10 @@ def _scan(eqn: Any, body: Any, inputs: list, scope: str | None, stop: Callable) 
     return [*state, *(jnp.stack(column) for column in zip(*(stacks[i] for i in steps), strict=True))]
 
 
-def _stops(eqn: Any, scope: str | None) -> bool:
-    return eqn.primitive.name == "stop_gradient" and (scope is None or scope in str(eqn.source_info.name_stack))
+def _stops(eqn: Any, scope: Sequence[str] | None) -> bool:
+    if eqn.primitive.name != "stop_gradient":
+        return False
+    return scope is None or any(name in str(eqn.source_info.name_stack) for name in scope)
 
 
 def _jaxprs(eqn: Any) -> list:

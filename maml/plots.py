@@ -5,7 +5,7 @@ imported by the first figure, so that importing this module costs nothing.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,13 @@ class Fit(NamedTuple):
     support: tuple[Shots, Shots]
 
 
+class Paths(NamedTuple):
+    """A task in the plane: paths of some episodes after so many inner steps, NaN from their end on, and the goal."""
+
+    paths: Mapping[int, Float[np.ndarray | Array, "episodes times 2"]]
+    goal: Float[np.ndarray | Array, "2"]
+
+
 def adaptation_fits(
     inputs: Points,
     truth: Points,
@@ -43,16 +50,12 @@ def adaptation_fits(
 
 def adaptation_grid(fits: Sequence[Fit], columns: int = 2) -> Figure:
     """`adaptation_fits` of several tasks (as Finn et al. 2017, arXiv 1703.03400, figure 2)."""
-    columns = min(columns, len(fits))
-    rows = -(-len(fits) // columns)
-    figure, panels = _panels(rows, columns, width=4.0 * columns, height=2.8 * rows + 0.4)
-    for panel, fit in zip(panels, fits, strict=False):
-        _draw_fit(panel, fit)
-    for panel in panels[len(fits) :]:
-        panel.remove()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    return figure
+    return _grid(fits, _draw_fit, columns)
+
+
+def paths_grid(tasks: Sequence[Paths], columns: int = 2) -> Figure:
+    """The paths of several tasks before and after adaptation, a panel each (as Finn et al. 2017, arXiv 1703.03400, figure 4)."""
+    return _grid(tasks, _draw_paths, columns)
 
 
 def episode(
@@ -199,21 +202,44 @@ def _labelled(figure: Figure, panel: Any, xlabel: str, ylabel: str) -> Figure:
     return figure
 
 
+def _grid(tasks: Sequence[Any], draw: Callable[[Any, Any], None], columns: int) -> Figure:
+    """A panel for each task, and one legend."""
+    columns = min(columns, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, panels = _panels(rows, columns, width=4.0 * columns, height=2.8 * rows + 0.4)
+    for panel, task in zip(panels, tasks, strict=False):
+        draw(panel, task)
+    for panel in panels[len(tasks) :]:
+        panel.remove()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
 def _draw_fit(panel: Any, fit: Fit) -> None:
     panel.plot(fit.inputs, fit.truth, color="black", linewidth=2, label="truth")
-    shades = np.linspace(0.85, 0.2, len(fit.predictions))  # darker with every step
-    for (step, prediction), shade in zip(sorted(fit.predictions.items()), shades, strict=True):
-        label = f"{step} step" + "s" * (step != 1)
-        style = ":" if step == 0 else "--"
-        panel.plot(fit.inputs, prediction, style, color=_viridis(shade), label=label)
+    for step, prediction, style in _by_step(fit.predictions):
+        panel.plot(fit.inputs, prediction, ":" if step == 0 else "--", **style)
     panel.plot(*fit.support, "^", color="tab:red", markersize=7, label="support")
     panel.grid(alpha=0.3)
 
 
-def _viridis(shade: float) -> Any:
+def _draw_paths(panel: Any, task: Paths) -> None:
+    for _, paths, style in _by_step(task.paths):
+        for path in np.asarray(paths):
+            panel.plot(*path.T, linewidth=1, **style)
+            style = {**style, "label": None}  # one for all episodes
+    panel.plot(*np.asarray(task.goal), "*", color="tab:red", markersize=12, label="goal")
+    panel.set_aspect("equal", adjustable="datalim")
+    panel.grid(alpha=0.3)
+
+
+def _by_step(found: Mapping[int, Any]) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+    """In the order of the inner steps, darker with every one."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](shade)
+    for (step, what), shade in zip(sorted(found.items()), np.linspace(0.85, 0.2, len(found)), strict=True):
+        yield step, what, {"color": colormaps["viridis"](shade), "label": f"{step} step" + "s" * (step != 1)}
 
 
 def _span(support: Images, query: Images) -> tuple[float, float]:

@@ -176,3 +176,16 @@ def test_by_layer_names_the_layers_and_leaves_out_what_there_is_not(tmp_path):
     assert [t.get_text() for t in panel.get_xticklabels()] == ["a", "b/0", "c"]
     np.testing.assert_array_equal(panel.lines[0].get_xydata(), [[0, 0.9], [2, 0.5]])
     drawn(figure, tmp_path / "layers.png")
+
+
+def test_paths_have_a_panel_per_task_and_one_label_per_step(tmp_path):
+    one = np.cumsum(np.full((3, 5, 2), 0.1), 1)
+    one[1, 3:] = np.nan  # it has ended
+    tasks = [plots.Paths({0: -one, 3: one}, np.array([0.4, goal])) for goal in (0.4, -0.2, 0.1)]
+    figure = plots.paths_grid(tasks)
+    assert len(figure.axes) == 3
+    lines = figure.axes[1].lines
+    np.testing.assert_array_equal(lines[4].get_xdata(), one[1, :, 0])
+    assert [x.item() for x in (lines[-1].get_xdata(), lines[-1].get_ydata())] == [0.4, -0.2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0 steps", "3 steps", "goal"]
+    assert near(drawn(figure, tmp_path / "a.png"), RED) > 100

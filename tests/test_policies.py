@@ -1,0 +1,387 @@
+"""Policy gradients: what they estimate, against sums over all episodes; the episodes; navigation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments import build, evaluate, gradcheck, run
+from maml.inner_loop import unroll
+from maml.losses import policy_gradient, rollout
+from maml.losses.policies import ESTIMATORS
+from maml.models import GaussianPolicy, functional
+from maml.objectives import query_loss
+from maml.per_example import per_example_gradients
+from maml.tasks import navigation, point_mass
+from maml.types import Task
+from tests.programs import config
+
+pytestmark = pytest.mark.usefixtures("quick_compiler", "compiled_once")
+
+REWARDS = np.array([[1.0, -2.0], [0.5, 3.0]])
+"""Of the second of two actions, by both; the first has half of the reward that its own column has in the first row."""
+LOGITS = np.array([[0.3, -0.2], [0.1, 0.6], [-0.5, 0.2]])
+"""Of the start, and of the states after the two first actions."""
+
+
+def tree(key, state, action, told):
+    """Two steps with two actions each: the state is one-hot, and the reward of the second step depends on both actions."""
+    del key
+    second = state[0] < 0.5
+    first = jnp.argmax(state[1:])
+    reward = jnp.where(second, jnp.asarray(REWARDS)[first, action], 0.5 * jnp.asarray(REWARDS)[0, action])
+    return jax.nn.one_hot(1 + action, 3, dtype=state.dtype), reward + told, ~second
+
+
+def expected_return(logits):
+    """Summed over all four episodes."""
+    p = jax.nn.softmax(logits)
+    values = jnp.asarray(REWARDS)
+    return sum(p[0, i] * p[1 + i, j] * (0.5 * values[0, i] + values[i, j]) for i in range(2) for j in range(2))
+
+
+def tabular(params, states):
+    return states @ params
+
+
+def batch_of(episodes: int, more: float = 0.0):
+    return jnp.tile(jnp.array([[1.0, 0.0, 0.0]]), (episodes, 1)), jnp.full(episodes, more)
+
+
+def off(found, exact):
+    """The largest distance of a mean over the first axis from what it should be, in standard errors."""
+    error = found.std(0) / np.sqrt(len(found))
+    return (np.abs(found.mean(0) - exact) / (error + 1e-9)).max()
+
+
+@functools.cache
+def derivatives(estimator: str, baseline: str | None):
+    """Value, gradient, Hessian and a third derivative of 4,000 batches of 25 episodes."""
+    with jax.enable_x64(True):
+        loss = policy_gradient(tabular, tree, 2, estimator=estimator, baseline=baseline)
+        params, batch = jnp.asarray(LOGITS), batch_of(25)
+
+        def all_of(key):
+            def value(params):
+                return loss(params, batch, key)[0]
+
+            along = jax.jacfwd(jax.hessian(lambda t: value(params + t * direction())))
+            return value(params), jax.grad(value)(params), jax.hessian(value)(params), along(0.0)
+
+        return jax.device_get(jax.jit(jax.vmap(all_of))(jax.random.split(jax.random.key(0), 4000)))
+
+
+def direction():
+    return jnp.array([[1.0, -1.0], [0.5, 0.2], [-0.3, 1.0]])
+
+
+def exact():
+    with jax.enable_x64(True):
+        params = jnp.asarray(LOGITS)
+        along = jax.jacfwd(jax.hessian(lambda t: expected_return(params + t * direction())))
+        found = (f(params) for f in (expected_return, jax.grad(expected_return), jax.hessian(expected_return)))
+        return [-np.asarray(x) for x in (*found, along(0.0))]
+
+
+@pytest.mark.parametrize("baseline", [None, "others"])
+def test_dice_estimates_every_derivative(baseline):
+    for found, right in zip(derivatives("dice", baseline), exact(), strict=True):
+        assert off(found, right) < 4.5
+
+
+@pytest.mark.parametrize("estimator", ["lvc", "log_probability"])
+def test_the_others_estimate_the_first_alone(estimator):
+    value, gradient, hessian, _ = derivatives(estimator, "others")
+    right = exact()
+    assert off(value, right[0]) < 4.5
+    assert off(gradient, right[1]) < 4.5
+    assert off(hessian, right[2]) > 15
+
+
+def test_all_estimators_have_the_same_value_and_gradient():
+    ours = [derivatives(name, "others")[:2] for name in ESTIMATORS]
+    for value, gradient in ours[1:]:
+        np.testing.assert_allclose(value, ours[0][0], rtol=1e-12)
+        np.testing.assert_allclose(gradient, ours[0][1], atol=1e-12)
+
+
+def test_a_baseline_lowers_the_variance():
+    """Where both rewards have 5 more, which changes no gradient."""
+    variances = []
+    for baseline in (None, "others"):
+        loss = policy_gradient(tabular, tree, 2, baseline=baseline)
+        gradient = jax.grad(lambda p, k, loss=loss: loss(p, batch_of(25, 5.0), k)[0])
+        found = jax.vmap(gradient, (None, 0))(
+            jnp.asarray(LOGITS, jnp.float32), jax.random.split(jax.random.key(1), 2000)
+        )
+        assert off(np.asarray(found), exact()[1]) < 4.5
+        variances.append(np.asarray(found).var(0).sum())
+    assert variances[1] < 0.2 * variances[0]
+
+
+# --- an inner step ---
+
+
+@pytest.mark.parametrize(("estimator", "factor"), [("dice", 0.6), ("log_probability", 1.0)])
+@pytest.mark.usefixtures("x64")
+def test_the_meta_gradient_of_one_step_is_that_of_the_expected_return(estimator, factor):
+    """A reward of -(a - c)² and a ~ N(θ, 1): the expected return is -(θ - c)² - 1, its Hessian -2.
+
+    One step of α = 0.2 leads to θ + 2α(c - θ), and the derivative of minus the return there is 2(θ' - c)(1 - 2α). With log
+    probabilities alone the step has the derivative 1: the mean of advantages times ∂²log π, which is constant.
+    """
+
+    def bandit(key, state, action, told):
+        del key
+        return state, -jnp.square(action - told)[0], jnp.array(False)
+
+    def apply(params, states):
+        mean = jnp.broadcast_to(params, (len(states), 1))
+        return mean, jnp.zeros_like(mean)
+
+    loss = policy_gradient(apply, bandit, 1, estimator=estimator, baseline="others")
+    objective = query_loss(loss, unroll(optax.sgd(0.2), 1))
+    side = jnp.zeros((100_000, 1)), jnp.full((100_000, 1), 1.5)
+    theta = jnp.array(0.5)
+    found = jax.grad(lambda t: objective(t, Task(side, side), jax.random.key(0), jnp.int32(0))[0])(theta)
+    after = 0.5 + 0.4 * (1.5 - 0.5)
+    assert float(found) == pytest.approx(2 * (after - 1.5) * factor, rel=0.03)
+
+
+@pytest.mark.usefixtures("x64")
+def test_standardized_it_is_the_surrogate_of_the_authors_code():
+    """-mean over all steps taken of log π · advantage, the advantages of mean 0 and variance 1; here by the recorded episodes."""
+    apply, params, batch = policy(4)
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    batch = jax.tree.map(lambda x: x.astype(jnp.float64), batch)
+    key, discount = jax.random.key(3), 0.9
+    near = functools.partial(point_mass, step=0.3)
+    loss = policy_gradient(apply, near, 12, discount=discount, baseline=None, standardize=True)
+    found = jax.device_get(rollout(apply, near, 12, params, batch, key))
+    assert 0 < found.present.sum() <= found.present.size
+    returns = np.zeros_like(found.reward)
+    following = np.zeros(4)
+    for t in reversed(range(12)):
+        returns[:, t] = following = found.reward[:, t] + discount * following
+    taken = returns[found.present]
+    advantage = jnp.asarray((taken - taken.mean()) / taken.std())
+
+    def surrogate(params):
+        mean, log_std = apply(params, jnp.asarray(found.state[found.present]))
+        action = jnp.asarray(found.action[found.present])
+        logs = jax.scipy.stats.norm.logpdf(action, mean, jnp.exp(log_std)).sum(1)
+        return -jnp.mean(logs * advantage)
+
+    ours, theirs = jax.grad(lambda p: loss(p, batch, key)[0])(params), jax.grad(surrogate)(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-8), ours, theirs)
+    assert loss(params, batch, key)[0] == pytest.approx(-returns[:, 0].mean())
+
+
+def test_gradients_of_episodes_average_to_that_of_the_batch():
+    apply, params, batch = policy(4)
+    loss = policy_gradient(apply, point_mass, 10, standardize=True)
+    key = jax.random.key(1)
+    _, each = per_example_gradients(loss, params, batch, key)
+    whole = jax.grad(lambda p: loss(p, batch, key)[0])(params)
+    jax.tree.map(lambda e, w: np.testing.assert_allclose(e.mean(0), w, atol=1e-5), each, whole)
+
+
+# --- episodes ---
+
+
+def policy(episodes: int, hidden=(8,), **more):
+    apply, params = functional(GaussianPolicy((2,), 2, hidden=hidden, rngs=nnx.Rngs(0), **more))
+    task = jax.tree.map(lambda x: x[0], navigation(shots=episodes)(jax.random.split(jax.random.key(5), 1)))
+    return apply, params, task.support
+
+
+def test_episodes_are_those_of_a_loop():
+    apply, params, (start, goal) = policy(3, initial_std=0.7)
+    found = rollout(apply, point_mass, 30, params, (start, goal), jax.random.key(2))
+    for i in range(3):
+        state, present = np.asarray(start[i]), True
+        for t in range(30):
+            assert found.present[i, t] == present
+            np.testing.assert_allclose(found.state[i, t], state, atol=1e-6)
+            state = state + 0.1 * np.clip(found.action[i, t], -1, 1)
+            apart = np.linalg.norm(state - goal[i])
+            np.testing.assert_allclose(found.reward[i, t], -apart if present else 0.0, atol=1e-6)
+            present = present and bool(apart >= 0.01)
+
+
+def test_an_episode_ends_at_the_goal_and_nothing_after_it_counts():
+    def straight(params, states):
+        mean = params * jnp.ones((len(states), 2))
+        return mean, jnp.full_like(mean, -20.0)
+
+    goal = jnp.array([[0.3, 0.3], [0.3, 0.3], [0.35, 0.3]])  # the last is passed by
+    loss = policy_gradient(straight, point_mass, 6, baseline=None)
+    found = rollout(straight, point_mass, 6, jnp.array(1.0), (jnp.zeros((3, 2)), goal), jax.random.key(0))
+    assert found.present.sum(1).tolist() == [3, 3, 6]
+    first = -np.sqrt(2) * (0.2 + 0.1)
+    np.testing.assert_allclose(found.reward[0].sum(), first, atol=1e-5)
+    value, metrics = loss(jnp.array(1.0), (jnp.zeros((3, 2)), goal), jax.random.key(0))
+    assert metrics["steps"] == 4
+    np.testing.assert_allclose(metrics["return"], found.reward.sum() / 3, rtol=1e-6)
+    np.testing.assert_allclose(value, -metrics["return"], rtol=1e-6)
+
+
+def test_actions_are_drawn_from_the_policy():
+    def normal(params, states):
+        mean = jnp.broadcast_to(params, (len(states), 2))
+        return mean, jnp.full_like(mean, jnp.log(0.5))
+
+    batch = jnp.zeros((4000, 2)), jnp.ones((4000, 2))
+    found = rollout(normal, point_mass, 1, jnp.array([0.2, -0.4]), batch, jax.random.key(0))
+    action = np.asarray(found.action[:, 0])
+    np.testing.assert_allclose(action.mean(0), [0.2, -0.4], atol=4 * 0.5 / np.sqrt(4000))
+    np.testing.assert_allclose(action.std(0), 0.5, rtol=0.06)
+    logits = jnp.log(jnp.array([0.2, 0.8]))
+    kinds = rollout(lambda p, s: jnp.tile(p, (len(s), 1)), tree, 1, logits, batch_of(4000), jax.random.key(0)).action
+    assert abs(float(kinds.mean()) - 0.8) < 4 * 0.4 / np.sqrt(4000)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_linear_baseline_is_the_least_squares_of_numpy():
+    """The gradient without it, less the score times the fitted values."""
+    apply, params, batch = policy(6)
+    batch = jax.tree.map(lambda x: x.astype(jnp.float64), batch)
+    key = jax.random.key(4)
+    found = jax.device_get(rollout(apply, point_mass, 15, params, batch, key))
+    returns = found.reward[:, ::-1].cumsum(1)[:, ::-1].reshape(-1)
+    state, time = found.state.reshape(-1, 2), np.tile(np.arange(15) / 100, 6)[:, None]
+    features = np.concatenate([state, state**2, time, time**2, time**3, np.ones_like(time)], 1)
+    ridge = np.concatenate([features, np.sqrt(1e-5) * np.eye(8)])
+    fitted = features @ np.linalg.lstsq(ridge, np.concatenate([returns, np.zeros(8)]), rcond=None)[0]
+
+    def scores(params):
+        mean, log_std = apply(params, jnp.asarray(state))
+        logs = jax.scipy.stats.norm.logpdf(jnp.asarray(found.action.reshape(-1, 2)), mean, jnp.exp(log_std)).sum(1)
+        return -jnp.sum(logs * jnp.asarray(returns - fitted)) / 6
+
+    loss = policy_gradient(apply, point_mass, 15, baseline="linear")
+    ours, theirs = jax.grad(lambda p: loss(p, batch, key)[0])(params), jax.grad(scores)(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), ours, theirs)
+    assert np.var(returns - fitted) < 0.7 * np.var(returns)
+
+
+def test_plain_policy_gradients_find_a_goal():
+    apply, params, batch = policy(20, hidden=(32,), initial_std=0.5)
+    loss = policy_gradient(apply, point_mass, 50, discount=0.9, standardize=True)
+    adapted = jax.jit(unroll(optax.adam(0.03), 60), static_argnums=0)(loss, params, batch, jax.random.key(0))
+    returns = np.asarray(adapted.trace.metrics["return"])
+    assert returns[:3].mean() < -15
+    assert returns[-3:].mean() > -6
+
+
+# --- tasks, and the program ---
+
+
+def test_the_goal_of_a_task_is_that_of_both_of_its_sets():
+    tasks = navigation(shots=3, queries=5, start=0.2)(jax.random.split(jax.random.key(0), 400))
+    assert (tasks.support[0].shape, tasks.query[1].shape) == ((400, 3, 2), (400, 5, 2))
+    goals = np.concatenate([tasks.support[1], tasks.query[1]], 1)
+    assert (goals == goals[:, :1]).all()
+    assert len(np.unique(goals[:, 0], axis=0)) == 400
+    assert 0.45 < np.abs(goals).max() <= 0.5
+    starts = np.concatenate([tasks.support[0], tasks.query[0]], 1)
+    assert 0.18 < np.abs(starts).max() <= 0.2
+    assert len(np.unique(starts.reshape(-1, 2), axis=0)) == 400 * 8
+    assert not np.asarray(navigation()(jax.random.split(jax.random.key(0), 2)).support[0]).any()
+
+
+def test_the_reward_is_a_distance_or_its_square():
+    at, to = jnp.zeros(2), jnp.array([0.3, 0.4])
+    for squared, reward in ((False, -0.5), (True, -0.25)):
+        state, found, goes_on = point_mass(jax.random.key(0), at, jnp.zeros(2), to, squared=squared)
+        assert (float(found), bool(goes_on), state.tolist()) == (pytest.approx(reward), True, [0, 0])
+
+
+def test_the_program_passes_gradcheck():
+    """With episodes and advantages held: the derivative of its program, through the inner step."""
+    found = gradcheck.check(config("experiment=finn2017/navigation", *SIZES))
+    assert found.worst < 1e-5
+    assert found.asymmetry is not None
+    assert found.asymmetry < 1e-6
+
+
+SIZES = (
+    "task.shots=3",
+    "task.loss.horizon=5",
+    "model.hidden=[6]",
+    "trainer.meta_batch=2",
+    "evaluation.shots=4",
+    "evaluation.tasks=3",
+)
+
+
+def test_a_run_measures_returns_and_draws_paths(tmp_path):
+    overrides = ("experiment=finn2017/navigation", *SIZES, "trainer.steps=2")
+    summary = run.run(config(*overrides), tmp_path)
+    assert {f"meta_test/step_{i}/return" for i in range(4)} <= set(summary["metrics"])
+    assert summary["protocol"]["step_size"] == (0.1, 0.05, 0.05)
+    drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert {"adaptation", "step_return", "training_return"} <= drawn
+    again = evaluate.evaluate_run(tmp_path, ["evaluation.step_size=0.1", "evaluation.steps=1"])
+    assert again["protocol"]["step_size"] == 0.1
+    first = "meta_test/step_0/return"  # of as many steps the keys are others, and the start has no step
+    assert again["metrics"][first] == summary["metrics"][first]
+
+
+def test_a_policy_takes_a_context():
+    cfg = config("experiment=finn2017/navigation", *SIZES, "algorithm=cavia", "model.context=2")
+    learner = build.learner(cfg)
+    objective = build.build_objective(cfg, learner.loss)
+    task = jax.tree.map(lambda x: x[0], learner.sampler(jax.random.split(jax.random.key(0), 1)))
+    gradient = jax.grad(lambda p: objective(p, task, jax.random.key(0), jnp.int32(0))[0])(learner.state.params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    assert optax.tree.norm(gradient) > 0
+
+
+def test_what_is_measured_names_reward_and_horizon():
+    plain, other = (
+        build.build_protocol(config("experiment=finn2017/navigation", *more))
+        for more in ((), ("task.loss.dynamics.squared=true",))
+    )
+    assert plain.hash != other.hash
+    assert "horizon=100 discount=0.99 maml.tasks.point_mass squared=True" in other.task
+    assert plain.step_size == (0.1, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"horizon": 0}, "horizon=0: give a whole number of steps, 1 or more"),
+        ({"horizon": True}, "horizon=True: give a whole number of steps"),
+        ({"discount": 0.0}, "discount=0.0: give a number above 0 and not above 1"),
+        ({"discount": 1.1}, "discount=1.1: give a number above 0 and not above 1"),
+        ({"estimator": "score"}, "estimator='score': give one of dice, lvc, log_probability"),
+        ({"baseline": "mean"}, "baseline='mean': give one of linear, others, None"),
+    ],
+)
+def test_settings_that_are_none_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        policy_gradient(tabular, tree, **{"horizon": 2} | change)
+
+
+def test_sizes_that_are_none_are_refused():
+    for change, message in (({"shots": 0}, "shots=0"), ({"goal": 0.0}, "goal=0.0"), ({"start": -0.1}, "start=-0.1")):
+        with pytest.raises(ValueError, match=message):
+            navigation(**change)
+    with pytest.raises(ValueError, match="initial_std=0"):
+        GaussianPolicy((2,), 2, initial_std=0.0, rngs=nnx.Rngs(0))
+    one = policy_gradient(tabular, tree, 2, baseline="others")
+    with pytest.raises(ValueError, match="one episode has no others"):
+        one(jnp.asarray(LOGITS, jnp.float32), batch_of(1), jax.random.key(0))
+
+
+def test_step_sizes_of_each_step_are_as_many_as_the_steps():
+    for sizes in ("[0.1,0.05]", "[0.1,0.05,-1]", "[0.1,0.05,true]"):
+        with pytest.raises(
+            ValueError, match=r"evaluation.step_size=.*: give a positive number, or one for each of the 3 steps"
+        ):
+            build.check(config("experiment=finn2017/navigation", f"evaluation.step_size={sizes}"))
