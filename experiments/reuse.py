@@ -84,11 +84,12 @@ def _compared(outputs: Callable, loss: Loss, adapt: Adapt, params: Params, sampl
 
 def _drawn(outputs: Callable, loss: Loss, adapt: Adapt, params: Params, sampler: Sampler, norm: str, key):
     """Query outputs of each layer before and after adaptation to one task, drawn and adapted as in `maml.evaluate`."""
-    key_task, key_adapt, _ = jax.random.split(key, 3)
+    key_task, key_adapt, key_query = jax.random.split(key, 3)
     task = jax.tree.map(lambda x: x[0], sampler(key_task[None]))
     adapted, (path, _) = adapt(loss, params, task.support, key_adapt)
     start = jax.tree.map(lambda x: x[0], path)
-    return [outputs(with_norm(p, task.support, norm), task.query[0]) for p in (start, adapted)]
+    seen = loss.inputs(start, task.query, key_query) if hasattr(loss, "inputs") else task.query[0]
+    return [outputs(with_norm(p, task.support, norm), seen) for p in (start, adapted)]
 
 
 def _or_nan(of: Callable, x, y):

@@ -52,11 +52,16 @@ def cca(
 
 
 def _rows(x, y):
-    """Both as centred matrices [examples, features]."""
+    """Both as centred matrices [examples, features]; zero where they vary by no more than rounding."""
     x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
     if len(x) != len(y):
         raise ValueError(f"y: {len(y)} examples, and x has {len(x)}; give the same inputs to both")
-    return x - x.mean(0, keepdims=True), y - y.mean(0, keepdims=True)
+    return _centred(x), _centred(y)
+
+
+def _centred(x):
+    spread, rounding = (x.max(0) - x.min(0)).max(), 8 * jnp.finfo(x.dtype).eps * jnp.abs(x).max()
+    return jnp.where(spread > rounding, x - x.mean(0, keepdims=True), 0)
 
 
 def _directions(x, variance):

@@ -230,6 +230,13 @@ def test_an_episode_ends_at_the_goal_and_nothing_after_it_counts():
     np.testing.assert_allclose(value, -metrics["return"], rtol=1e-6)
 
 
+def test_what_the_model_sees_are_the_states_of_its_episodes():
+    apply, params, batch = policy(3)
+    loss, key = policy_gradient(apply, point_mass, 7), jax.random.key(1)
+    found = rollout(apply, point_mass, 7, params, batch, key).state
+    np.testing.assert_array_equal(loss.inputs(params, batch, key), np.asarray(found).reshape(21, 2))
+
+
 def test_actions_are_drawn_from_the_policy():
     def normal(params, states):
         mean = jnp.broadcast_to(params, (len(states), 2))

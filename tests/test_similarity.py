@@ -115,10 +115,12 @@ def test_repeated_and_dead_features_count_as_nothing():
     assert cka(*single(rank, y)) == pytest.approx(by_gram_matrices(rank, y), rel=1e-5)
 
 
-def test_a_constant_representation_has_no_answer():
-    x, y = single(np.ones((60, 6)), pair()[1])
+@pytest.mark.parametrize("value", [1.0, 0.1])  # the mean of sixty times a tenth is not a tenth
+def test_a_constant_representation_has_no_answer(value):
+    x, y = single(np.full((60, 6), value), pair()[1])
     assert jnp.isnan(cka(x, y))
     assert jnp.isnan(cca(x, y))
+    assert jnp.isnan(cka(x, x))
 
 
 def test_both_can_be_mapped():

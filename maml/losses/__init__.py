@@ -2,7 +2,8 @@
 
 A loss that is a mean over examples carries `loss.per_example(params, batch, key) -> [examples]`, whose mean it is, and
 `loss.batch_statistics`: whether the prediction of one example depends on the others (`maml.per_example` asks); and
-`loss.features(params, inputs)`, what the model's head sees, where `apply` has it (`inner_loop.with_prototypes` asks).
+`loss.features(params, inputs)`, what the model's head sees, where `apply` has it (`inner_loop.with_prototypes` asks). One whose
+model sees other inputs than batch[0] says which: `loss.inputs(params, batch, key)` (`experiments.reuse` asks).
 """
 
 from maml.losses.policies import policy_gradient as policy_gradient

@@ -109,8 +109,8 @@ def policy_gradient(
             mean = jnp.mean(advantage, where=present)
             advantage = (advantage - mean) / (jnp.std(advantage, where=present) + 1e-8)
             scale = count / jnp.sum(present)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (found.state, found.action))
-        log_probability = _log_probability(forward(apply, params, flat[0]), flat[1]).reshape(present.shape)
+        states, actions = _flat((found.state, found.action))
+        log_probability = _log_probability(forward(apply, params, states), actions).reshape(present.shape)
         weight = _weight(estimator, jnp.where(present, log_probability, 0))
         value = jnp.sum(jax.lax.stop_gradient(jnp.where(present, scale * advantage, 0)) * weight, 1)
         return -returns[:, 0] - value, found
@@ -123,7 +123,13 @@ def policy_gradient(
 
     one: Any = with_examples(loss, lambda params, batch, key: each(params, batch, key)[0], apply)
     one.batch_statistics = True  # of baseline, scale and key
+    one.inputs = lambda params, batch, key: _flat(rollout(apply, dynamics, horizon, params, batch, key).state)
     return one
+
+
+def _flat(tree: PyTree) -> PyTree:
+    """[episodes, horizon, ...] to [episodes * horizon, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _draw(key: Key, outputs: Any) -> jax.Array:
