@@ -88,7 +88,8 @@ def _drawn(outputs: Callable, loss: Loss, adapt: Adapt, params: Params, sampler:
     task = jax.tree.map(lambda x: x[0], sampler(key_task[None]))
     adapted, (path, _) = adapt(loss, params, task.support, key_adapt)
     start = jax.tree.map(lambda x: x[0], path)
-    seen = loss.inputs(start, task.query, key_query) if hasattr(loss, "inputs") else task.query[0]
+    inputs = getattr(loss, "inputs", None)
+    seen = inputs(start, task.query, key_query) if inputs else task.query[0]
     return [outputs(with_norm(p, task.support, norm), seen) for p in (start, adapted)]
 
 

@@ -182,7 +182,7 @@ def test_reliable_names(name):
     "override",
     [
         *("trainer.steps=five", "trainer.meta_batch=2.5", "trainer.log_every=[1]", "trainer.steps=null"),
-        *("seed=zero", "debug_nans=perhaps", "evaluation.tasks=many", "evaluation.step_size=big"),
+        *("seed=zero", "debug_nans=perhaps", "evaluation.tasks=many"),
         *("trainer.stepz=5", "evaluation.task=5", "sead=0"),
     ],
 )

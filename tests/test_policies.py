@@ -387,8 +387,18 @@ def test_sizes_that_are_none_are_refused():
 
 
 def test_step_sizes_of_each_step_are_as_many_as_the_steps():
-    for sizes in ("[0.1,0.05]", "[0.1,0.05,-1]", "[0.1,0.05,true]"):
-        with pytest.raises(
-            ValueError, match=r"evaluation.step_size=.*: give a positive number, or one for each of the 3 steps"
-        ):
+    for sizes in ("big", "[0.1,0.05]", "[0.1,0.05,-1]", "[0.1,0.05,true]"):
+        with pytest.raises(ValueError, match=r"evaluation.step_size=.*: give a positive number"):
             build.check(config("experiment=finn2017/navigation", f"evaluation.step_size={sizes}"))
+
+
+def test_each_inner_step_has_its_own_step_size():
+    cfg = config("algorithm.steps=2", "evaluation.steps=2", "evaluation.step_size=[0.5,0.25]")
+    adapt = build.build_adapt(cfg, build.build_protocol(cfg))
+
+    def loss(params, batch, key):
+        del key
+        return batch[0].sum() * params["x"], {}
+
+    path = adapt(loss, {"x": jnp.array(0.0)}, (jnp.ones(2),), jax.random.key(0)).trace.params["x"]
+    np.testing.assert_allclose(path, [0.0, -1.0, -1.5])
