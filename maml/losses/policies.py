@@ -70,7 +70,8 @@ def policy_gradient(
 
     Args:
       discount: γ. Below 1 each step counts in full as in most codes, those of MAML too: what is estimated is the gradient of no
-        function (Thomas 2014, ICML), and what is said below of expectations holds for γ = 1.
+        function (Thomas 2014, ICML), and what is said below of expectations holds for γ = 1
+        without `standardize`.
       estimator: "dice": wₜ = □(Σₛ₍ₛ≤ₜ₎ log πₛ) - □(Σₛ₍ₛ<ₜ₎ log πₛ) with □(x) = exp(x - stop_gradient(x)). In expectation every
         derivative is that of the expected return (Foerster et al. 2018, arXiv 1802.05098; with baselines Farquhar et al. 2019,
         arXiv 1909.10549). "lvc": wₜ = □(log πₜ), less variance, and no products of scores of different times (Rothfuss et al.
