@@ -237,6 +237,24 @@ def test_what_the_model_sees_are_the_states_of_its_episodes():
     np.testing.assert_array_equal(loss.inputs(params, batch, key), np.asarray(found).reshape(21, 2))
 
 
+def test_rewards_of_few_digits_are_summed_in_float32():
+    """Whole numbers, and an inner loop in bfloat16, in which 1 + 0.9 + 0.81 + ... has three digits."""
+
+    def one_each(key, state, action, told):
+        del key, action, told
+        return state, jnp.int32(1), jnp.array(True)
+
+    apply, params, batch = policy(4)
+    value, metrics = policy_gradient(apply, one_each, 40, discount=0.9)(params, batch, jax.random.key(0))
+    np.testing.assert_allclose(value, -(1 - 0.9**40) / 0.1, rtol=1e-6)
+    assert metrics["return"] == 40
+    loss = policy_gradient(apply, point_mass, 8)
+    adapted = unroll(optax.sgd(0.01), 1, precision="bfloat16")(loss, params, batch, jax.random.key(0))
+    exactly = unroll(optax.sgd(0.01), 1)(loss, params, batch, jax.random.key(0))
+    assert adapted.trace.metrics["loss"].dtype == jnp.float32
+    np.testing.assert_allclose(adapted.trace.metrics["return"], exactly.trace.metrics["return"], rtol=0.1)
+
+
 def test_actions_are_drawn_from_the_policy():
     def normal(params, states):
         mean = jnp.broadcast_to(params, (len(states), 2))

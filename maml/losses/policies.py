@@ -40,7 +40,8 @@ def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batc
         key_action, key_dynamics = jax.random.split(key)
         action = _draw(key_action, forward(apply, fixed, state))
         following, reward, goes_on = jax.vmap(dynamics)(jax.random.split(key_dynamics, count), state, action, told)
-        return (following, present & goes_on), (state, action, jnp.where(present, reward, 0), present)
+        reward = jnp.where(present, reward, 0).astype(jnp.promote_types(reward.dtype, jnp.float32))
+        return (following, present & goes_on), (state, action, reward, present)
 
     found = jax.lax.scan(act, (start, jnp.ones(count, bool)), jax.random.split(key, horizon))[1]
     return Episodes(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found))
