@@ -75,7 +75,7 @@ def _known(metrics: Sequence[str], runs: Iterable[Run]) -> Sequence[str]:
 
 
 def _default_metrics(runs: Iterable[Run]) -> list[str]:
-    """What the papers name; for a run without paper its loss and accuracy after the last step."""
+    """What the papers name; for a run without paper its loss, accuracy or return after the last step."""
     names = {}
     for run in runs:
         names |= dict.fromkeys(run.paper or _after_last_step(run.metrics))
@@ -84,7 +84,7 @@ def _default_metrics(runs: Iterable[Run]) -> list[str]:
 
 def _after_last_step(metrics: Iterable[str]) -> list[str]:
     found = [match for match in map(_INNER_STEP.fullmatch, metrics) if match]
-    found = [match for match in found if match[3] in ("loss", "accuracy")]
+    found = [match for match in found if match[3] in ("loss", "accuracy", "return")]
     last = {(m[1], m[3]): m[0] for m in sorted(found, key=lambda m: int(m[2]))}
     return list(last.values())
 
