@@ -207,10 +207,29 @@ def test_episodes_are_those_of_a_loop():
         for t in range(30):
             assert found.present[i, t] == present
             np.testing.assert_allclose(found.state[i, t], state, atol=1e-6)
-            state = state + 0.1 * np.clip(found.action[i, t], -1, 1)
-            apart = np.linalg.norm(state - goal[i])
+            following = state + 0.1 * np.clip(found.action[i, t], -1, 1)
+            apart = np.linalg.norm(following - goal[i])
             np.testing.assert_allclose(found.reward[i, t], -apart if present else 0.0, atol=1e-6)
             present = present and bool(apart >= 0.01)
+            state = following if present else state
+
+
+@pytest.mark.parametrize("baseline", ["linear", "others", None])
+def test_what_a_dynamics_would_give_after_the_end_reaches_nothing(baseline):
+    """Here it divides by the distance that it has left, 0 from the end on; some episodes end before the others."""
+
+    def falls(key, state, action, left):
+        del key
+        at = state[0] + 1
+        return jnp.stack([at, state[1] / (left - at)]), action[0] / (left - state[0]), at < left
+
+    apply, params, _ = policy(4)
+    batch = jnp.tile(jnp.array([[0.0, 1.0]]), (4, 1)), jnp.array([2.0, 3.0, 5.0, 9.0])
+    loss = policy_gradient(apply, falls, 7, baseline=baseline)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, jax.random.key(0))
+    assert metrics["steps"] == (2 + 3 + 5 + 7) / 4
+    assert jnp.isfinite(value)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
 def test_an_episode_ends_at_the_goal_and_nothing_after_it_counts():

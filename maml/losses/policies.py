@@ -30,7 +30,7 @@ class Episodes(NamedTuple):
 def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batch: Batch, key: Key) -> Episodes:
     """Episodes of a policy from batch = (first states, what `dynamics` is told), each [episodes, ...]; see `policy_gradient`.
 
-    Nothing is differentiated: the parameters are constants here. Rewards after the end are 0.
+    Nothing is differentiated: the parameters are constants here. After its end an episode stays in its last state, with rewards of 0.
     """
     start, told = batch
     count, fixed = len(jax.tree.leaves(start)[0]), jax.lax.stop_gradient(params)
@@ -41,7 +41,11 @@ def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batc
         action = _draw(key_action, forward(apply, fixed, state))
         following, reward, goes_on = jax.vmap(dynamics)(jax.random.split(key_dynamics, count), state, action, told)
         reward = jnp.where(present, reward, 0).astype(jnp.promote_types(reward.dtype, jnp.float32))
-        return (following, present & goes_on), (state, action, reward, present)
+        remains = present & goes_on
+        following = jax.vmap(lambda on, new, old: jax.tree.map(lambda x, y: jnp.where(on, x, y), new, old))(
+            remains, following, state
+        )
+        return (following, remains), (state, action, reward, present)
 
     found = jax.lax.scan(act, (start, jnp.ones(count, bool)), jax.random.split(key, horizon))[1]
     return Episodes(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found))
