@@ -252,6 +252,8 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
         values["step_size"] = None  # learned, or none: a number that an experiment has for other algorithms is not used
     elif isinstance(values["step_size"], ListConfig):
         values["step_size"] = tuple(values["step_size"])
+    if not reads(cfg, "steps"):
+        values["steps"] = cfg.algorithm.get("steps", values["steps"])  # fixed: an evaluation's number is for others
     values["task"] = " ".join(settings).replace("_target_=", "")
     return Protocol(**values | changes)
 
@@ -428,6 +430,10 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.step_size=(?!null)", text)]
     if asked and not reads(cfg, "step_size"):
         raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")
+    asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.steps=", text)]
+    if asked and not asked[-1].endswith("=0") and not reads(cfg, "steps"):
+        name = cfg.algorithm.get("name", "?")
+        raise ValueError(f"{asked[-1]}: the inner steps of algorithm {name} are written in its file; leave it out")
     for key in (found[1] for found in (re.match(r"\+{0,2}quantization\.(\w+)", text) for text in overrides) if found):
         if not any(
             re.search(rf"\bquantization\.{key}\b", OmegaConf.to_yaml(cfg[part])) for part in ("model", "algorithm")

@@ -92,11 +92,11 @@ def test_training_lowers_the_loss_on_other_tasks(algorithm, folder):
     if algorithm == "imaml":  # its derivative is that of an optimum, which two steps do not come near
         own = ["algorithm.steps=16", "algorithm.step_size=0.02", "evaluation.steps=16", "evaluation.tasks=100"]
     cfg, learner = learner_of(algorithm, "trainer.meta_batch=10", "trainer.steps=300", *own, **where)
-    _, measure = build.evaluation(cfg, learner)
+    protocol, measure = build.evaluation(cfg, learner)
     progress = train.begin(learner.state, learner.step, learner.sampler)
     progress = train.fit(progress, learner.step, learner.sampler, steps=300, log_every=300, log=lambda *_: None)
     before, after = measure(learner.state.params), measure(progress.state.params)
-    steps = cfg.evaluation.steps
+    steps = protocol.steps
     names = ("loss", "accuracy") if where else ("loss",)
     assert set(after) == {f"step_{k}/{name}" for k in range(steps + 1) for name in names}
     assert all(np.isfinite(x.mean) for x in after.values())
@@ -268,6 +268,12 @@ def test_what_makes_a_head_of_prototypes_takes_no_other():
     )
     with pytest.raises(ValueError, match="protonet makes a head of prototypes itself"):
         build.build_adapt(cfg, build.build_protocol(cfg))
+
+
+@pytest.mark.parametrize("evaluation", ["finn2017", "strict", "protonet"])
+def test_prototypical_networks_are_measured_before_the_first_step_alone(evaluation):
+    protocol = build.build_protocol(config("algorithm=protonet", "task=omniglot", f"evaluation={evaluation}"))
+    assert (protocol.steps, protocol.step_size) == (0, None)
 
 
 def test_an_experiments_numbers_for_another_algorithm_are_told(tmp_path, monkeypatch):

@@ -153,7 +153,11 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
             ["nesterov=True is no number"],
         ),
         (
-            ("algorithm=protonet", "evaluation=protonet"),
+            ("algorithm=protonet", "task=omniglot", "evaluation.steps=3"),
+            ["evaluation.steps=3: the inner steps of algorithm protonet are written in its file; leave it out"],
+        ),
+        (
+            ("algorithm=protonet", "evaluation=protonet", "evaluation.steps=0"),
             ["evaluation.ways=5: this task has no classes", "task=omniglot"],
         ),
         (

@@ -30,7 +30,8 @@ class Episodes(NamedTuple):
 def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batch: Batch, key: Key) -> Episodes:
     """Episodes of a policy from batch = (first states, what `dynamics` is told), each [episodes, ...]; see `policy_gradient`.
 
-    Nothing is differentiated: the parameters are constants here. After its end an episode stays in its last state, with rewards of 0.
+    Nothing is differentiated: the parameters are constants here. After its end an episode stays in its last state, without
+    rewards.
     """
     start, told = batch
     count, fixed = len(jax.tree.leaves(start)[0]), jax.lax.stop_gradient(params)
