@@ -25,6 +25,26 @@ def test_committed_lists_split_the_same_characters():
     assert finn == vinyals == lake
 
 
+@pytest.mark.parametrize(
+    ("name", "of", "counts"),
+    [
+        ("mamlpp", "finn", (1150, 50, 423)),
+        ("nichol", "finn", (1200, 0, 423)),
+        ("vinyals_trainval", "vinyals", (1200, 0, 423)),
+    ],
+)
+def test_wider_splits_train_on_classes_of_validation_and_test_on_the_same(name, of, counts):
+    found, base = read_split(name), read_split(of)
+    assert tuple(map(len, found)) == counts
+    assert set(base.meta_train) <= set(found.meta_train)
+    assert set(found.meta_train) | set(found.meta_valid) == set(base.meta_train) | set(base.meta_valid)
+    assert not set(found.meta_train) & set(found.meta_valid)
+    assert found.meta_test == base.meta_test
+    if not counts[1]:
+        with pytest.raises(ValueError, match="has no classes there, only meta_train, meta_test"):
+            classes_of(name, "meta_valid")
+
+
 def test_finn_is_the_draw_that_its_header_describes():
     split = read_split("finn")
     order = np.random.RandomState(1).permutation(sorted(sum(split, ()))).tolist()  # noqa: NPY002

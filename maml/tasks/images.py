@@ -46,8 +46,8 @@ def omniglot(
       split: meta_train, meta_valid or meta_test.
       data_dir: where TFDS has prepared data sets; None for its own default (TFDS_DATA_DIR or
         ~/tensorflow_datasets).
-      class_split: 'finn' (1100/100/423 characters), 'vinyals' (1028/172/423), 'lake' (964/0/659) or
-        a path: `read_split`.
+      class_split: 'finn' (1100/100/423 characters), 'mamlpp' (1150/50/423), 'nichol' (1200/0/423), 'vinyals' (1028/172/423),
+        'vinyals_trainval' (1200/0/423), 'lake' (964/0/659) or a path: `read_split`.
       rotations: 'none', 'per_class' (each class of a task turned at random) or 'classes' (four
         times the classes).
       cache_dir: for the decoded arrays; None for MAML_CACHE or ~/.cache/maml.
