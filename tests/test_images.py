@@ -7,6 +7,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -337,14 +339,48 @@ def test_folder_tasks(folder):
     assert folder_data(folder, rotations="classes").counts.tolist() == [3] * 8
 
 
-def test_csv_lists_beside_or_apart_from_the_images(folder, tmp_path):
-    apart = tmp_path / "lists"
-    apart.mkdir()
+def csv_lists(where, first="filename,label"):
+    """1.png and 2.jpg of three classes, one for each part."""
+    where.mkdir(exist_ok=True)
     for name, label in (("train", "owl"), ("val", "dog"), ("test", "cat")):
-        (apart / f"{name}.csv").write_text(f"filename,label\n1.png,{label}\n2.jpg,{label}\n")
-    data = folder_data(folder, class_split=str(apart))
+        (where / f"{name}.csv").write_text(f"{first}\n1.png,{label}\n2.jpg,{label}\n")
+    return where
+
+
+def test_csv_lists_apart_from_the_images_and_no_image_that_they_do_not_list(folder, tmp_path):
+    apart = csv_lists(tmp_path / "lists")
+    data = image_folder("meta_train", 1, 1, 1, data_dir=str(folder), image_size=8, class_split=str(apart)).args[0]
     owl = folder_data(folder, "meta_test")
-    np.testing.assert_array_equal(data.images, owl.images)
+    assert data.counts.tolist() == [2]
+    np.testing.assert_array_equal(data.images, owl.images[:2])
+
+
+@pytest.mark.parametrize("sub", ["", "images"])
+def test_the_layout_of_mini_imagenet(folder, tmp_path, sub):
+    """All images in one folder, beside or above the lists."""
+    root = tmp_path / "mini"
+    (root / sub).mkdir(parents=True)
+    for name in ("owl", "dog", "cat"):
+        for file in ("1.png", "2.jpg", "3.JPEG"):
+            shutil.copy(folder / name / file, root / sub / f"{name}{file}")
+    csv_lists(root, "filename,class")
+    for part in ("train", "val", "test"):
+        (root / f"{part}.csv").write_text(re.sub(r"(\d\.\w+),(\w+)", r"\2\1,\2", (root / f"{part}.csv").read_text()))
+    data = image_folder("meta_valid", 1, 1, 1, data_dir=str(root), image_size=8).args[0]
+    np.testing.assert_array_equal(data.images, folder_data(folder).images[3:5])
+    (root / sub / "dog1.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no 'dog1.png' of the class 'dog' .1 of 2 such.; put what class_split"
+    ):
+        image_folder("meta_valid", 1, 1, 1, data_dir=str(root), image_size=8)
+
+
+def test_the_lists_of_tiered_imagenet_name_classes_and_their_categories(folder, tmp_path):
+    for name, rows in (("train", "cat,felid\ndog,canid\n"), ("val", "a fox,canid\n"), ("test", "owl,bird\n")):
+        (tmp_path / f"{name}.csv").write_text(rows)
+    for split in ("meta_train", "meta_valid", "meta_test"):
+        data = folder_data(folder, split, class_split=str(tmp_path))
+        np.testing.assert_array_equal(data.images, folder_data(folder, split).images)
 
 
 def test_a_changed_image_is_decoded_again(folder, tmp_path, monkeypatch):

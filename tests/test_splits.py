@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maml.tasks import splits
-from maml.tasks.splits import SHA256, ClassSplit, classes_of, digest, read_split
+from maml.tasks.splits import SHA256, ClassSplit, classes_of, digest, files_of, read_split
 
 ONE = "# mine\n[meta_train]\na b\nc\n\n[meta_valid]\n[meta_test]\nd\n"
 
@@ -100,8 +100,9 @@ def test_the_csv_files_of_ravi_and_larochelle(tmp_path):
         rows = [f"{label}{i}.jpg,{label}" for i, label in enumerate(labels)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["filename,label", *rows]))
     assert read_split(str(tmp_path)) == ClassSplit(("a", "b"), ("c",), ("d",))
-    (tmp_path / "val.csv").write_text("file,class\nx,c\n")
-    with pytest.raises(ValueError, match="val.csv': no column 'label'"):
+    assert files_of(str(tmp_path), "meta_train") == {"a": ["a0.jpg", "a2.jpg"], "b": ["b1.jpg"]}
+    (tmp_path / "val.csv").write_text("file,class\nx.jpg,c\n")
+    with pytest.raises(ValueError, match="val.csv': its first line is 'file,class', but must be filename,label"):
         read_split(str(tmp_path))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from maml.tasks.decode import cache_folder, cached, decode_all, decoder, digest
 from maml.tasks.episodes import ClassImages, episodes, group, rotated_classes, select
-from maml.tasks.splits import classes_of
+from maml.tasks.splits import classes_of, files_of
 from maml.types import Sampler
 
 OMNIGLOT_SHA256 = "922f914a43b43bc347694d5536e487b22ac1433ed8cad8db913d1d1b0b95ba86"
@@ -83,6 +83,9 @@ def image_folder(
 ) -> Sampler:
     """A folder of classes, `data_dir/class/*.png|jpg|jpeg`; shapes as of `episodes`.
 
+    Where the class split lists images by name (the CSV of mini-ImageNet), those alone: in `data_dir`, `data_dir/images` or
+    `data_dir/class`.
+
     Images are resized to image_size x image_size with the Lanczos filter (the mini-ImageNet of
     MAML's authors), and are RGB for 3 channels, grey for 1.
 
@@ -94,7 +97,7 @@ def image_folder(
       least_ways: tasks of that many to `ways` classes, 1 to `shots` examples of each (`episodes`); None: all of the same sizes.
 
     Raises:
-      FileNotFoundError: no such folder, or no lists of classes.
+      FileNotFoundError: no such folder, no lists of classes, or none of a listed image.
       ValueError: for an unreadable image, a class that is not there, and names and sizes that do
         not fit.
     """
@@ -102,7 +105,9 @@ def image_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"data_dir={data_dir!r}: no such folder; give one that holds class/*.png")
     check_image(image_size, channels)
-    files = [_files(root, name) for name in classes_of(class_split or str(root), split)]
+    where = class_split or str(root)
+    classes, listed = classes_of(where, split), files_of(where, split)
+    files = [_found(root, name, listed[name]) if name in listed else _files(root, name) for name in classes]
     data = _folder_images(root, files, image_size, channels, cache_dir)
     if rotations == "classes":
         data, rotations = rotated_classes(data), "none"
@@ -274,6 +279,17 @@ def _files(root: Path, name: str) -> list[Path]:
             f"{', '.join(SUFFIXES)} files into {root / name}, or remove it from the list"
         )
     return files
+
+
+def _found(root: Path, name: str, listed: list[str]) -> list[Path]:
+    folders = (root, root / "images", root / name)
+    found = [next((folder / file for folder in folders if (folder / file).is_file()), file) for file in listed]
+    if absent := [file for file in found if isinstance(file, str)]:
+        raise FileNotFoundError(
+            f"data_dir={str(root)!r}: no {absent[0]!r} of the class {name!r} ({len(absent)} of {len(listed)} such); put what "
+            f"class_split lists into {', '.join(map(str, folders))}"
+        )
+    return sorted(file for file in found if isinstance(file, Path))
 
 
 def _folder_images(root: Path, files: list[list[Path]], size: int, channels: int, cache_dir: str | None) -> ClassImages:

@@ -36,11 +36,14 @@ OMNIGLOT = ("finn", "vinyals", "lake")
 WIDER = {"mamlpp": ("finn", 2), "nichol": ("finn", 1), "vinyals_trainval": ("vinyals", 1)}
 """Splits of Omniglot that meta-train on every n-th class of another's meta-validation too, and test on the same classes.
 
-1150/50/423 characters as MAML++ (arXiv 1810.09502), 1200/0/423 as Reptile (arXiv 1803.02999), and 1200/0/423 as prototypical networks
-in their last training (arXiv 1703.05175), in the counts of the authors' codes.
+The counts of the authors' codes: 1150/50/423 characters of MAML++ (arXiv 1810.09502), 1200/0/423 of Reptile (arXiv 1803.02999),
+and 1200/0/423 of the last training of prototypical networks (arXiv 1703.05175).
 """
 
 FOLDER = Path(__file__).parent
+
+TXT = ("meta_train.txt", "meta_valid.txt", "meta_test.txt")
+CSV = ("train.csv", "val.csv", "test.csv")
 
 
 class ClassSplit(NamedTuple):
@@ -54,9 +57,9 @@ class ClassSplit(NamedTuple):
 def read_split(class_split: str) -> ClassSplit:
     """A committed split by name, or a user's: a file as above, or a folder of lists.
 
-    A folder holds meta_train.txt, meta_valid.txt and meta_test.txt (one class a line), or the
-    train.csv, val.csv and test.csv of Ravi & Larochelle 2017 (columns filename,label; the labels
-    are the classes).
+    A folder holds meta_train.txt, meta_valid.txt and meta_test.txt (one class a line), or train.csv, val.csv and test.csv: those
+    of mini-ImageNet (Ravi & Larochelle 2017; columns filename and label, or class, whose images alone are meant: `files_of`), or
+    those of tiered-ImageNet (Ren et al. 2018, arXiv 1803.00676; class,category and no first line of names).
 
     Raises:
       FileNotFoundError: nothing there.
@@ -99,6 +102,14 @@ def classes_of(class_split: str, split: str) -> tuple[str, ...]:
     return parts[split]
 
 
+def files_of(class_split: str, split: str) -> dict[str, list[str]]:
+    """The names of the images that a folder of lists has for each class; none where it has the names of classes alone."""
+    folder = Path(class_split).expanduser()
+    path = folder / CSV[ClassSplit._fields.index(split)]
+    listed = not (folder / TXT[0]).is_file() and path.is_file()  # as `read_split` looks for them
+    return {name: files for name, files in _listed(path).items() if files} if listed else {}
+
+
 def digest(split: ClassSplit) -> str:
     """The sha256 of the lists: names and their order, not comments or line ends."""
     lines = [line for name in split._fields for line in (f"[{name}]", *getattr(split, name))]
@@ -134,10 +145,7 @@ def _from_file(path: Path) -> ClassSplit:
 
 
 def _from_folder(folder: Path) -> ClassSplit:
-    for files, read in (
-        (("meta_train.txt", "meta_valid.txt", "meta_test.txt"), _lines),
-        (("train.csv", "val.csv", "test.csv"), _labels),
-    ):
+    for files, read in ((TXT, _lines), (CSV, _listed)):
         if (folder / files[0]).is_file():
             paths = [folder / file for file in files]
             return ClassSplit(*(tuple(read(path)) if path.is_file() else () for path in paths))
@@ -153,12 +161,22 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _labels(path: Path) -> list[str]:
+def _listed(path: Path) -> dict[str, list[str]]:
+    """The classes of a CSV, in order, and the images that it lists of each."""
     with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if "label" not in (rows.fieldnames or ()):
-            raise ValueError(f"class_split={str(path)!r}: no column 'label'; its first line must be filename,label")
-        return list(dict.fromkeys(row["label"] for row in rows))
+        first, *rows = [row for row in csv.reader(file) if row] or [[]]
+    label = next((name for name in ("label", "class") if name in first), None)
+    found: dict[str, list[str]] = {}
+    if "filename" in first and label:
+        for row in rows:
+            found.setdefault(row[first.index(label)], []).append(row[first.index("filename")])
+    elif all(len(row) == 2 and not Path(row[0]).suffix for row in (first, *rows)):  # of tiered-ImageNet
+        found = {name: [] for name, _ in (first, *rows)}
+    else:
+        raise ValueError(
+            f"class_split={str(path)!r}: its first line is {','.join(first)!r}, but must be filename,label"
+        )
+    return found
 
 
 def _checked(split: ClassSplit, path: Path) -> ClassSplit:
