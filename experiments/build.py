@@ -272,6 +272,8 @@ def evaluated_task(cfg: DictConfig) -> dict[str, Any]:
     for name, lack in (("rotations", "turns no images"), ("least_ways", "has no ways that could vary")):
         if (value := cfg.evaluation.get(name)) is None:
             continue
+        if name not in task and value == "none":  # what turns no images turns none
+            continue
         if name not in task:
             raise ValueError(f"evaluation.{name}={value}: this task {lack}; leave it out")
         task[name] = value or None

@@ -4,8 +4,9 @@
                                    [task.data_dir=DIR]
 
 The newest checkpoint of the run is evaluated under the run's own config with these changes (a protocol by name leaves the run's
-steps, step size, rotations, least ways and minibatches: give evaluation.steps= to change them); prints the numbers and writes
-them to RUN_DIRECTORY/evaluations/<protocol hash>.json (of another checkpoint than the newest <protocol hash>-<meta-step>.json).
+steps and step size, and rotations, least ways and minibatches that its file does not give: evaluation.steps= changes them).
+Prints the numbers and writes them to RUN_DIRECTORY/evaluations/<protocol hash>.json (of another checkpoint than the newest
+<protocol hash>-<meta-step>.json).
 
 checkpoints=20000 takes the one of that meta-step; checkpoints=20000,25000 (or best5: of those kept the five that were best on
 validation tasks, as MAML++ does; trainer.validate_every=trainer.checkpoint_every) the mean of their outputs, and says so in the
@@ -48,15 +49,10 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             if not path.exists():
                 names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
                 raise ValueError(f"evaluation={value}: no such protocol; there are {names}")
-            own = (
-                "steps",
-                "step_size",
-                "rotations",
-                "least_ways",
-                "batch",
-            )  # of the algorithm and the task, not of the protocol
+            protocol = OmegaConf.load(path)
+            own = {"rotations", "least_ways", "batch"} - set(protocol) | {"steps", "step_size"}  # of task and algorithm
             kept = {name: OmegaConf.select(cfg, f"evaluation.{name}") for name in own}
-            cfg.evaluation = OmegaConf.merge(typed, OmegaConf.load(path), kept)
+            cfg.evaluation = OmegaConf.merge(typed, protocol, kept)
         elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:
             raise ValueError(
                 f"{override}: give evaluation=NAME, evaluation.KEY=VALUE with {list(cfg.evaluation)}, checkpoints=STEPS, or "

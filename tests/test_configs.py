@@ -12,7 +12,7 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from experiments import build
+from experiments import build, evaluate
 from experiments.program import expanded
 from maml import train
 from maml.tasks import images
@@ -267,7 +267,7 @@ PROTOCOLS = {
     "finn2017_sinusoid": (5, 600, 5, "batch"),
     "mamlpp": (4, 600, 1, "batch"),
     "protonet": (4, 1000, 15, "batch"),
-    "reptile": (1, 10000, 1, "joint"),
+    "reptile": (4, 10000, 1, "joint"),
     "strict": (4, 6000, 15, "support"),
 }
 
@@ -280,6 +280,23 @@ def test_every_evaluation_has_the_protocol_of_its_file(name):
     assert protocol.ways == 5
     shots, tasks, queries, norm = PROTOCOLS[name]
     assert (protocol.shots, protocol.tasks, protocol.queries, protocol.norm) == (shots, tasks, queries, norm)
+    assert f"rotations={'none' if name in ('mamlpp', 'reptile') else 'per_class'}" in protocol.task
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES["evaluation"] if name != "finn2017_sinusoid"])
+@pytest.mark.usefixtures("synthetic")
+def test_a_protocol_by_name_takes_the_sizes_of_the_run_and_turns_what_its_paper_turns(name):
+    cfg = config("task=omniglot", "task.ways=20", "task.shots=5", "evaluation=finn2017", "evaluation.steps=2")
+    protocol = build.build_protocol(evaluate.changed(cfg, [f"evaluation={name}"]))
+    _, tasks, queries, norm = PROTOCOLS[name]
+    assert (protocol.ways, protocol.shots, protocol.steps) == (20, 5, 2)
+    assert (protocol.tasks, protocol.queries, protocol.norm) == (tasks, 5 if name == "finn2017" else queries, norm)
+    assert f"rotations={'none' if name in ('mamlpp', 'reptile') else 'per_class'}" in protocol.task
+
+
+def test_what_turns_no_images_has_protocols_that_turn_none():
+    protocol = build.build_protocol(config("evaluation=mamlpp"))
+    assert (protocol.queries, "rotations" in protocol.task) == (1, False)
 
 
 # --- what the papers say ---
