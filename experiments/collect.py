@@ -89,15 +89,13 @@ def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
     """What `experiments.evaluate` left; nothing if it only repeats the run.
 
     Device and versions are those of the training, and so is the wall time, which an earlier checkpoint has not. The paper's
-    figures stand beside the run's own protocol, of one checkpoint or several, and beside no other.
+    figures stand beside the run's own protocol, of one checkpoint or several, and beside others that they name.
     """
-    one = load(directory, f"evaluations/{path.name}")
+    one = load(directory, f"evaluations/{path.name}", run)
     of_training = {}
     if run is not None:
         if all(one.summary.get(name) == run.summary.get(name) for name in ("protocol_hash", "params_sha256")):
             return []
-        if _alone(one.summary) != _alone(run.summary):
-            one = one._replace(source=NONE, paper={})
         whole = str(one.summary.get("step")) == run.settings.get("trainer.steps")
         names = ("device", "versions", *(("wall_time_s",) if whole else ()))
         of_training = {k: v for k, v in run.summary.items() if k in names}
@@ -105,13 +103,14 @@ def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
     return [one._replace(summary=own | of_training)]
 
 
-def _alone(summary: dict[str, Any]) -> dict[str, Any]:
-    """A protocol without its ensemble."""
-    return {k: v for k, v in (summary.get("protocol") or {}).items() if k != "ensemble"}
+def _changed(summary: dict[str, Any], run: Run | None) -> set[str]:
+    """In what the protocol of an evaluation is not that of its run, apart from an ensemble."""
+    before, after = (run and run.summary.get("protocol")) or {}, summary.get("protocol") or {}
+    return {name for name in (before | after if run else ()) if before.get(name) != after.get(name)} - {"ensemble"}
 
 
-def load(directory: Path, file: str = "summary.json") -> Run:
-    """Reads a run, or one of its evaluations; ValueError, with the file, or OSError if it is broken."""
+def load(directory: Path, file: str = "summary.json", run: Run | None = None) -> Run:
+    """Reads a run, or one of its evaluations, of `run`; ValueError, with the file, or OSError if it is broken."""
     try:
         at = file
         summary = json.loads((directory / file).read_text(encoding="utf-8"))
@@ -122,7 +121,8 @@ def load(directory: Path, file: str = "summary.json") -> Run:
         choices, overrides = _choices(directory), _overrides(directory)
         given = dict(text.split("=", 1) for text in summary.get("overrides", ()))  # those of an evaluation
         at = "the node `paper` of the config"
-        source, paper = _paper_figures(config, choices, [*overrides, *given], summary.get("protocol") or {})
+        known = [config, choices, [*overrides, *given], summary.get("protocol") or {}, _changed(summary, run)]
+        source, paper = next((found for one in _papers(config) if (found := _figures(one, *known))[1]), (NONE, {}))
     except _ERRORS as error:
         problem = f"lacks {error}" if isinstance(error, LookupError) else str(error).splitlines()[0]
         raise ValueError(f"{at}: {problem}") from error
@@ -161,23 +161,35 @@ def records(directory: Path) -> list[dict[str, Any]]:
     return read_json_lines(path) if path.exists() else []
 
 
-def _paper_figures(
-    config: dict[str, Any], choices: dict[str, str], overrides: list[str], protocol: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """The source, and the figures by metric: of `paper.metrics` and of the run's algorithm.
-
-    None where the run is of another task or protocol than the figures: `paper.task` and `paper.protocol` say of which they are.
-    """
+def _papers(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The node `paper`, and the figures that it has `also`, under other protocols."""
     paper = config.get("paper") or {}
+    return [paper, *(paper | other for other in paper.get("also") or ())]
+
+
+def _figures(
+    paper: dict[str, Any],
+    config: dict[str, Any],
+    choices: dict[str, str],
+    overrides: list[str],
+    protocol: dict[str, Any],
+    changed: set[str],
+) -> tuple[str, dict[str, Any]]:
+    """The source, and the figures by metric: of `metrics` and of the run's algorithm.
+
+    None where the run is of another task or protocol than the figures: `task` and `protocol` say of which they are. Under a
+    protocol that was `changed` after the training they have to name what was changed.
+    """
     varied = [(config.get(part) or {}).get("least_ways") for part in ("task", "evaluation")]
     asked = {"evaluation.rotations", "evaluation.batch"} & set(overrides)
-    other_head = protocol.get("prototypes") != (paper.get("protocol") or {}).get("prototypes")
+    of = paper.get("protocol") or {}
+    other_head = protocol.get("prototypes") != of.get("prototypes")
     if any(varied) or asked or other_head:  # no paper's figure is of tasks of varied sizes, nor of these changes
         return NONE, {}
     same_task = (config.get("task") or {}).get("_target_") == paper.get(
         "task", (config.get("task") or {}).get("_target_")
     )
-    if not same_task or any(protocol.get(k) != v for k, v in (paper.get("protocol") or {}).items()):
+    if not same_task or any(protocol.get(k) != v for k, v in of.items()) or not changed <= set(of):
         return NONE, {}
     algorithm = (config.get("algorithm") or {}).get("name", choices.get("algorithm"))
     own = (paper.get("figures") or {}).get(algorithm) or {}

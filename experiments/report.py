@@ -104,7 +104,7 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in table)
 
 
-_LEDGER = ("experiment", "changed", "number", "paper", "ours", "protocol")
+_LEDGER = ("experiment", "changed", "number", "paper", "source", "ours", "protocol")
 _LEDGER += ("seeds", "steps", "device", "wall time", "jax")
 
 
@@ -130,7 +130,9 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
         }
         named = [metric for metric in run.paper if metric in run.metrics]
         for metric in named or _after_last_step(run.metrics):
-            told = {"number": metric, "paper": _paper(run.paper.get(metric)), "ours": _ours(measured(row, metric))}
+            source = run.source if metric in run.paper else NONE
+            told = {"number": metric, "paper": _paper(run.paper.get(metric)), "source": source}
+            told["ours"] = _ours(measured(row, metric))
             lines.append([(cells | told)[name].replace("|", "/") for name in names])
     stay = [line for line in _lines_of(before) if not any(_replaces(new, line) for new in lines)]
     table = [names, ["---"] * len(names), *sorted([*stay, *lines], key=_order)]

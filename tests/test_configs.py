@@ -1,5 +1,6 @@
 """Every file of conf/ composes, builds and runs, and says what the papers say."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -345,6 +346,18 @@ def test_settings_and_figures_are_those_of_the_paper(name):
     tables = {"maml": TABLE_1, "fomaml": FIRST_ORDER}
     last = f"meta_test/step_{test_steps}/accuracy"
     assert figures == {kind: {last: list(table[name])} for kind, table in tables.items() if name in table}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_figures_under_other_protocols_say_under_which(name):
+    """Each names what it has other than the experiment, and what an evaluation can change."""
+    cfg = config(f"experiment={name}")
+    own = dataclasses.asdict(build.build_protocol(cfg))
+    for other in cfg.paper.get("also", ()) if cfg.paper else ():
+        assert set(other.protocol) <= set(own)
+        assert any(own[key] != value for key, value in other.protocol.items())
+        steps = other.protocol.get("steps", own["steps"])
+        assert {key.split("/")[1] for of in other.figures.values() for key in of} == {f"step_{steps}"}
 
 
 @pytest.mark.parametrize("paper", OTHERS)

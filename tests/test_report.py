@@ -322,6 +322,26 @@ def test_evaluations_make_rows_of_their_own(sweep):
     assert "- tasks: 600 (aaaa), 6000" in text
 
 
+def test_a_paper_may_have_figures_under_other_protocols_too(tmp_path):
+    """Beside them stand those, and beside a change that they do not name none."""
+    also = {"source": "Table 4", "protocol": {"queries": 3}, "figures": {"maml": {STEP_1: [0.5, 0.1]}}}
+    make_run(tmp_path / "runs/0", config={"paper": PAPER | {"protocol": {"queries": 15}, "also": [also]}})
+    evaluated(tmp_path / "runs/0", ["evaluation.queries=3"], 0.5, queries=3)
+    evaluated(tmp_path / "runs/0", ["evaluation.queries=4"], 0.5, queries=4)
+    evaluated(tmp_path / "runs/0", ["evaluation.queries=3", "evaluation.tasks=7"], 0.5, queries=3, tasks=7)
+    _, rows, _ = made(tmp_path)
+    shown = [(row[f"paper: {STEP_1}"], row["source"]) for row in rows]
+    assert shown.pop(0) == ("0.987 ± 0.004", "Finn et al. 2017, Table 1")
+    assert sorted(shown) == [("0.5 ± 0.1", "Table 4"), ("–", "–"), ("–", "–")]
+    report.report([str(tmp_path / "runs")], tmp_path / "report", None, tmp_path / "RESULTS.md")
+    lines = [line[2:-2].split(" | ") for line in (tmp_path / "RESULTS.md").read_text().splitlines()]
+    assert {tuple(line[3:5]) for line in lines if len(line) == 12 and line[2] == STEP_1} == {
+        ("0.987 ± 0.004", "Finn et al. 2017, Table 1"),
+        ("0.5 ± 0.1", "Table 4"),
+        ("–", "–"),
+    }
+
+
 def test_a_ledger_tells_where_and_with_what_a_run_was_trained(tmp_path):
     """Not half of it from the evaluation, which was made elsewhere."""
     make_run(tmp_path / "runs/0", versions={"jax": "1.0"})
