@@ -219,11 +219,16 @@ def build_model(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> tuple[App
 
 
 def build_module(cfg: DictConfig, sampler: Sampler, root: jax.Array) -> nnx.Module:
-    """The model for the shapes that the sampler draws: `outputs` is the ways, the symbols, or the features of targets."""
+    """The model for the shapes that the sampler draws: `outputs` is the ways, symbols or actions, or the features of targets."""
     task = jax.eval_shape(sampler, jax.random.split(root, 1))
     inputs, targets = task.query  # a support set of transitions has no targets
     inputs = inputs.inputs if isinstance(inputs, Padded) else inputs
-    outputs = next((cfg.task[name] for name in ("ways", "symbols") if name in cfg.task), targets.shape[-1])
+    if "dynamics" in cfg.task.loss and "actions" not in cfg.task and targets.ndim != 3:
+        raise ValueError(
+            "task: a policy has as many outputs as there are actions; let the task have a number of `actions`"
+        )
+    named = ("ways", "symbols", "actions")
+    outputs = next((cfg.task[name] for name in named if name in cfg.task), targets.shape[-1])
     factory = instantiate(cfg.model, _convert_="all")
     rngs = nnx.Rngs(params=key_for(root, "init"))
     return _make("model", factory, tuple(inputs.shape[2:]), outputs, rngs=rngs)
@@ -245,13 +250,16 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
     task = evaluated_task(cfg)
     settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
-    if "dynamics" in (loss := cfg.task.loss):  # its episodes are what is measured
-        drawn = {k: v for k, v in loss.items() if k in ("horizon", "discount")} | dict(loss.dynamics)
+    if (loss := cfg.task.loss).get("dynamics"):  # its episodes are what is measured
+        own_of_loss = {k: v for k, v in loss.items() if k in ("horizon", "discount")}
+        drawn = own_of_loss | dict(loss.dynamics) | own_of_loss
         settings += [f"{k}={v}" for k, v in drawn.items() if k != "_partial_"]
     if not reads(cfg, "step_size"):
         values["step_size"] = None  # learned, or none: a number that an experiment has for other algorithms is not used
-    elif isinstance(values["step_size"], ListConfig):
-        values["step_size"] = tuple(values["step_size"])
+    elif isinstance(size := values["step_size"], ListConfig):
+        values["step_size"] = tuple(map(float, size))
+    elif size is not None:
+        values["step_size"] = float(size)
     if not reads(cfg, "steps"):
         values["steps"] = cfg.algorithm.get("steps", values["steps"])  # fixed: an evaluation's number is for others
     values["task"] = " ".join(settings).replace("_target_=", "")
@@ -296,6 +304,11 @@ def build_adapt(cfg: DictConfig, protocol: Protocol) -> Adapt:
             )
         cfg.algorithm.batch = protocol.batch
     adapt = inner_loop(cfg)
+    if hasattr(adapt, "carried") and isinstance(step_size, ListConfig):
+        raise ValueError(
+            f"evaluation.step_size={list(step_size)}: the inner optimizer of algorithm {cfg.algorithm.name} is that of training; "
+            "give a number"
+        )
     if protocol.prototypes and getattr(adapt, "fewer_ways", False):
         raise ValueError(
             f"evaluation.prototypes={protocol.prototypes}: algorithm {cfg.algorithm.name} makes a head of prototypes itself; "
@@ -371,12 +384,16 @@ def check(cfg: DictConfig) -> None:
     for name in _POSITIVE:
         value = _value(cfg, name, 1)
         if isinstance(value, DictConfig):  # a schedule
+            if name == "evaluation.step_size" and reads(cfg, "step_size"):
+                raise ValueError(
+                    f"{name}: a schedule; give a number, or a list of one for each of the {cfg.evaluation.steps} steps"
+                )
             continue
         if name == "evaluation.step_size" and value is None and "step_size" not in cfg.algorithm:  # learned
             continue
         if name == "evaluation.step_size" and isinstance(value, ListConfig):
             sizes, steps = list(value), cfg.evaluation.steps
-            if len(sizes) != steps or not all(_positive(size) for size in sizes):
+            if not sizes or len(sizes) != steps or not all(map(_positive, sizes)):
                 raise ValueError(f"{name}={sizes}: give a positive number, or one for each of the {steps} steps")
             continue
         if not _positive(value):

@@ -32,12 +32,13 @@ def draw(
     figures = {f"step_{name}": _step_curve(name, metrics, protocol) for name in _names(metrics)}
     task = jax.eval_shape(build.protocol_sampler(cfg, protocol), jax.random.split(jax.random.key(0), 1))
     inputs, targets = task.query
-    regression = targets.shape[-1] == 1 and not isinstance(task.support, Transitions)
+    policy = "dynamics" in cfg.task.loss
+    regression = not policy and targets.shape[-1] == 1 and not isinstance(task.support, Transitions)
     if padded(task):
         return figures
     if protocol.ways and inputs.ndim == 5:  # [tasks, examples, height, width, channels]
         figures |= _episode(cfg, learner, params, protocol)
-    elif "dynamics" in cfg.task.loss and inputs.ndim == 3 and inputs.shape[-1] == 2:  # [tasks, episodes, place]
+    elif policy and inputs.shape[2:] == targets.shape[2:] == (2,):  # [tasks, episodes, place] and goals
         figures |= _paths(cfg, learner, params, protocol)
     elif not protocol.ways and inputs.ndim == 3 and regression:  # [tasks, points, features]
         figures |= _fits(cfg, learner, params, protocol)
@@ -111,7 +112,8 @@ def _paths(cfg, learner, params, protocol) -> dict[str, plots.Figure]:
     see = functools.partial(rollout, learner.apply, dynamics, horizon)
     tasks, seen = _adapted(cfg, learner, params, protocol, queries=3, tasks=4, see=see)
     steps = sorted({0, min(1, protocol.steps), protocol.steps})
-    places = np.where(seen.present[..., None], seen.state, np.nan)
+    there = np.concatenate([np.ones_like(seen.present[..., :1]), seen.present[..., :-1]], -1)  # the last state, too
+    places = np.where(there[..., None], seen.state, np.nan)
     found = [plots.Paths({s: places[i, s] for s in steps}, tasks.query[1][i, 0]) for i in range(4)]
     return {"adaptation": plots.paths_grid(found)}
 

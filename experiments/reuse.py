@@ -8,7 +8,8 @@ similarity of the outputs of each layer on query inputs (Figure 2) and the evalu
 RUN_DIRECTORY/reuse/reuse.md with its figures as PNG, and reuse.json with its numbers (of checkpoints=STEP to reuse-STEP).
 
 Similarity is over the first `tasks` of the protocol's draw (100), with `queries` examples per class of their own (15; 100 points
-for regression): CCA needs more examples than both sides have features. The frozen rows are under the run's own protocol.
+for regression, and of a policy the states of 100 episodes before adaptation): CCA needs more examples than both sides have
+features. The frozen rows are under the run's own protocol.
 """
 
 import dataclasses
@@ -203,8 +204,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             "## Similarity of each layer before and after adaptation",
             "",
             f"Over {report['similarity_tasks']} tasks: mean CCA of the directions that hold 99 % of the variance (SVCCA), linear "
-            "CKA; of the layer's outputs before norm and activation function, on query inputs. –: constant outputs, or too few "
-            "positions for the features (CCA takes more than twice as many: give queries=).",
+            "CKA; of the layer's outputs before norm and activation function, on query inputs (of a policy: on the states of its "
+            "episodes before adaptation). –: constant outputs, or too few positions for the features (CCA takes more than twice "
+            "as many: give queries=).",
             "",
             diagnostics.markdown([_cells(row) for row in report["similarity"]]),
             "",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad
 
-from maml.types import Batch, Key, Loss, Metrics, Params, whole
+from maml.types import SEMI_GRADIENT, Batch, Key, Loss, Metrics, Params, whole
 
 Gradient = Callable[[Params, Batch, Key], tuple[Params, Metrics]]
 Derivative = Callable[[Loss], Gradient]
@@ -68,6 +68,11 @@ def mixed(loss: Loss) -> Gradient:
     def gradient(params, batch, key):
         # As a jaxpr the loss closes over nothing that is traced: those values are arguments, and get cotangents, too.
         closed, shape = jax.make_jaxpr(partial_loss, return_shape=True)(params, params, batch, key)
+        if holds_semi_gradient(closed.jaxpr):
+            raise ValueError(
+                "derivative=mixed: this loss is made of a semi-gradient, whose Jacobian is not symmetric; make it by "
+                "losses.semi_gradient itself, or take derivative=reverse"
+            )
         leaves, structure = jax.tree.flatten((batch, key, closed.consts))
         inexact = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
 
@@ -155,6 +160,11 @@ def equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
         yield eqn, jaxprs
         for inner in jaxprs:
             yield from equations(inner)
+
+
+def holds_semi_gradient(jaxpr: Any) -> bool:
+    """Whether a loss is made of a semi-gradient as of any other function, so that its own attributes do not tell."""
+    return any(SEMI_GRADIENT in str(eqn.source_info.name_stack) for eqn, _ in equations(jaxpr))
 
 
 def in_bfloat16(derivative: Derivative) -> Derivative:

@@ -9,6 +9,7 @@ import optax
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
+from maml.derivatives import holds_semi_gradient
 from maml.types import Adapt, Adapted, Loss, Params, Trace, whole
 
 
@@ -51,7 +52,8 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
         )
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
-        if not getattr(loss, "is_gradient", True):
+        jaxpr = jax.make_jaxpr(loss)(*lax.stop_gradient((params, support)), key).jaxpr
+        if not getattr(loss, "is_gradient", True) or holds_semi_gradient(jaxpr):
             raise ValueError("implicit: a semi-gradient is the gradient of no loss, so there is no optimum to adapt to")
         if getattr(loss, "indexed", False):
             raise ValueError(

@@ -52,7 +52,7 @@ def cca(
 
 
 def _rows(x, y):
-    """Both as centred matrices [examples, features]; zero where they vary by no more than rounding."""
+    """Both as centred matrices [examples, features]; a feature that varies by no more than rounding is 0."""
     x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
     if len(x) != len(y):
         raise ValueError(f"y: {len(y)} examples, and x has {len(x)}; give the same inputs to both")
@@ -60,8 +60,9 @@ def _rows(x, y):
 
 
 def _centred(x):
-    spread, rounding = (x.max(0) - x.min(0)).max(), 8 * jnp.finfo(x.dtype).eps * jnp.abs(x).max()
-    return jnp.where(spread > rounding, x - x.mean(0, keepdims=True), 0)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(0)
+    return jnp.where(x.max(0) - x.min(0) > rounding, x - x.mean(0, keepdims=True), 0)
 
 
 def _directions(x, variance):

@@ -24,6 +24,10 @@ Metrics = Mapping[str, jax.Array]
 """Scalars to look at, by name. They are never differentiated."""
 
 
+SEMI_GRADIENT = "semi_gradient"
+"""The `jax.named_scope` of what `losses.semi_gradient` holds constant."""
+
+
 class Task(NamedTuple):
     """One draw of the task distribution: what the learner adapts on, and what it is judged on."""
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from maml.derivatives import first_order, mixed, reverse, truncated
+from maml.implicit import implicit
 from maml.inner_loop import only, unroll
 from maml.losses import cross_entropy, mse, partitioned, semi_gradient, td0
 from maml.types import Transitions
@@ -167,6 +168,27 @@ def test_the_meta_gradient_of_td0_is_that_of_the_program(steps):
         ours = jax.grad(after(td0(linear, target="stop"), steps, derivative))(THETA)
         np.testing.assert_allclose(ours, stopped, atol=1e-7)
     np.testing.assert_allclose(jax.grad(after(td0(linear), steps, first_order))(THETA), first, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("remat", [None, 2])
+def test_a_loss_that_is_made_of_td0_has_its_meta_gradient(remat):
+    """A penalty more, by a function that knows nothing of semi-gradients."""
+    of_td = td0(linear)
+
+    def loss(theta, batch, key):
+        value, metrics = of_td(theta, batch, key)
+        return value + 0.1 * theta @ theta, metrics
+
+    def program(theta):
+        return judged(unroll(optax.sgd(0.1), 3, remat=remat)(loss, theta, STEP, KEY).params)
+
+    slopes = [central_difference(program, THETA, e) for e in np.eye(3)]
+    np.testing.assert_allclose(jax.grad(program)(THETA), slopes, atol=1e-7)
+    with pytest.raises(ValueError, match="mixed: this loss is made of a semi-gradient, .* take derivative=reverse"):
+        unroll(optax.sgd(0.1), 3, mixed)(loss, THETA, STEP, KEY)
+    with pytest.raises(ValueError, match="implicit: a semi-gradient is the gradient of no loss"):
+        implicit(unroll(optax.sgd(0.1), 3))(loss, THETA, STEP, KEY)
 
 
 @pytest.mark.usefixtures("x64")

@@ -1,6 +1,8 @@
 """Policy gradients: what they estimate, against sums over all episodes; the episodes; navigation."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from omegaconf import OmegaConf
 
-from experiments import build, evaluate, gradcheck, report, run
+from experiments import build, collect, evaluate, gradcheck, report, reuse, run
 from maml.inner_loop import unroll
 from maml.losses import policy_gradient, rollout
 from maml.losses.policies import ESTIMATORS
@@ -123,6 +126,12 @@ def test_a_baseline_lowers_the_variance():
     assert variances[1] < 0.2 * variances[0]
 
 
+def near(key, state, action, told):
+    """Navigation that ends far from the goal already, so that some episodes do."""
+    following, reward, _ = point_mass(key, state, action, told, step=0.3)
+    return following, reward, -reward > 0.4
+
+
 # --- an inner step ---
 
 
@@ -159,10 +168,9 @@ def test_standardized_it_is_the_surrogate_of_the_authors_code():
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     batch = jax.tree.map(lambda x: x.astype(jnp.float64), batch)
     key, discount = jax.random.key(3), 0.9
-    near = functools.partial(point_mass, step=0.3)
     loss = policy_gradient(apply, near, 12, discount=discount, baseline=None, standardize=True)
     found = jax.device_get(rollout(apply, near, 12, params, batch, key))
-    assert 0 < found.present.sum() <= found.present.size
+    assert 4 < found.present.sum() < found.present.size
     returns = np.zeros_like(found.reward)
     following = np.zeros(4)
     for t in reversed(range(12)):
@@ -295,22 +303,45 @@ def test_the_linear_baseline_is_the_least_squares_of_numpy():
     apply, params, batch = policy(6)
     batch = jax.tree.map(lambda x: x.astype(jnp.float64), batch)
     key = jax.random.key(4)
-    found = jax.device_get(rollout(apply, point_mass, 15, params, batch, key))
+    found = jax.device_get(rollout(apply, near, 15, params, batch, key))
+    present = found.present.reshape(-1)
+    assert 15 < present.sum() < present.size
     returns = found.reward[:, ::-1].cumsum(1)[:, ::-1].reshape(-1)
     state, time = found.state.reshape(-1, 2), np.tile(np.arange(15) / 100, 6)[:, None]
     features = np.concatenate([state, state**2, time, time**2, time**3, np.ones_like(time)], 1)
     ridge = np.concatenate([features, np.sqrt(1e-5) * np.eye(8)])
-    fitted = features @ np.linalg.lstsq(ridge, np.concatenate([returns, np.zeros(8)]), rcond=None)[0]
+    taken = np.concatenate([present, np.ones(8, bool)])
+    fitted = features @ np.linalg.lstsq(ridge[taken], np.concatenate([returns, np.zeros(8)])[taken], rcond=None)[0]
 
     def scores(params):
         mean, log_std = apply(params, jnp.asarray(state))
         logs = jax.scipy.stats.norm.logpdf(jnp.asarray(found.action.reshape(-1, 2)), mean, jnp.exp(log_std)).sum(1)
-        return -jnp.sum(logs * jnp.asarray(returns - fitted)) / 6
+        return -jnp.sum((logs * jnp.asarray(returns - fitted))[present]) / 6
 
-    loss = policy_gradient(apply, point_mass, 15, baseline="linear")
+    loss = policy_gradient(apply, near, 15, baseline="linear")
     ours, theirs = jax.grad(lambda p: loss(p, batch, key)[0])(params), jax.grad(scores)(params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), ours, theirs)
-    assert np.var(returns - fitted) < 0.7 * np.var(returns)
+    assert np.var((returns - fitted)[present]) < 0.7 * np.var(returns[present])
+
+
+def test_the_linear_baseline_of_states_that_depend_on_each_other_is_that_in_float64():
+    """One-hot states: they, their squares and the constant are dependent, and 2,000 steps hide a ridge of 1e-5 in float32."""
+
+    def walk(key, state, action, told):
+        at = (jnp.argmax(state) + 2 * action - 1) % 5
+        return jax.nn.one_hot(at, 5, dtype=state.dtype), jax.random.normal(key) + at + told, jnp.array(True)
+
+    params, loss = jnp.zeros((5, 2)), policy_gradient(tabular, walk, 100)
+    starts = jax.nn.one_hot(jnp.arange(20) % 5, 5), jnp.zeros(20)
+    found = jax.device_get(rollout(tabular, walk, 100, params, starts, jax.random.key(0)))
+    ours = jax.grad(lambda p: loss(p, starts, jax.random.key(0))[0])(params)
+    returns = found.reward.astype(np.float64)[:, ::-1].cumsum(1)[:, ::-1].reshape(-1)
+    state, time = found.state.reshape(-1, 5), np.tile(np.arange(100) / 100, 20)[:, None]
+    features = np.concatenate([state, state**2, time, time**2, time**3, np.ones_like(time)], 1).astype(np.float64)
+    ridge = np.concatenate([features, np.sqrt(1e-5) * np.eye(14)])
+    advantage = returns - features @ np.linalg.lstsq(ridge, np.concatenate([returns, np.zeros(14)]), rcond=None)[0]
+    scores = np.eye(2)[found.action.reshape(-1)] - 0.5  # of uniform actions
+    np.testing.assert_allclose(ours, -state.T @ (scores * advantage[:, None]) / 20, rtol=1e-4, atol=1e-3)
 
 
 def test_plain_policy_gradients_find_a_goal():
@@ -414,6 +445,21 @@ def test_settings_that_are_none_are_refused(change, message):
         policy_gradient(tabular, tree, **{"horizon": 2} | change)
 
 
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda state: (state, jnp.zeros(1), jnp.array(True)), r"the reward has shape \(1,\); give a scalar"),
+        (lambda state: (state, jnp.zeros(()), jnp.int32(1)), r"goes on has shape \(\) and dtype int32; give a bool"),
+        (lambda state: (state[:2], jnp.zeros(()), jnp.array(True)), r"the state has .*\(2,\).* and had .*\(3,\)"),
+        (lambda state: (state > 0, jnp.zeros(()), jnp.array(True)), "the state has .*bool.* and had .*float32"),
+    ],
+)
+def test_dynamics_of_other_results_are_refused(step, message):
+    loss = policy_gradient(tabular, lambda _key, state, _action, _told: step(state), 2)
+    with pytest.raises(ValueError, match=message):
+        loss(jnp.asarray(LOGITS, jnp.float32), batch_of(2), jax.random.key(0))
+
+
 def test_sizes_that_are_none_are_refused():
     for change, message in (({"shots": 0}, "shots=0"), ({"goal": 0.0}, "goal=0.0"), ({"start": -0.1}, "start=-0.1")):
         with pytest.raises(ValueError, match=message):
@@ -423,6 +469,74 @@ def test_sizes_that_are_none_are_refused():
     one = policy_gradient(tabular, tree, 2, baseline="others")
     with pytest.raises(ValueError, match="one episode has no others"):
         one(jnp.asarray(LOGITS, jnp.float32), batch_of(1), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ("task.loss.horizon=10", False),
+        ("+task.loss.dynamics.step=1.0", False),
+        ("evaluation.step_size=0.1", False),
+        ("task.loss.estimator=lvc", True),
+    ],
+)
+def test_the_papers_return_stands_beside_its_own_problem_alone(change, shown):
+    cfg = config("experiment=finn2017/navigation", change)
+    protocol = json.loads(json.dumps(dataclasses.asdict(build.build_protocol(cfg))))
+    node = OmegaConf.to_container(cfg, resolve=False)
+    assert (collect._figures(node["paper"], node, {}, [], protocol, set())[1] != {}) == shown  # noqa: SLF001
+
+
+def test_a_step_size_that_is_a_whole_number_has_one_protocol():
+    one, same = (build.build_protocol(config(f"algorithm.step_size={size}")) for size in ("1", "1.0"))
+    assert one.hash == same.hash
+
+
+def test_a_policy_has_as_many_outputs_as_the_task_has_actions():
+    """Not as many as a goal has numbers, where the task says so; and a target velocity has none."""
+    cfg = config("experiment=finn2017/navigation", *SIZES)
+
+    def sampler(keys):
+        starts = jnp.zeros((len(keys), 3, 2))
+        return Task((starts, starts[..., 0]), (starts, starts[..., 0]))
+
+    with pytest.raises(ValueError, match="let the task have a number of `actions`"):
+        build.build_module(cfg, sampler, jax.random.key(0))
+    OmegaConf.set_struct(cfg, False)
+    cfg.task.actions = 4
+    mean, _ = build.build_module(cfg, sampler, jax.random.key(0))(jnp.zeros((5, 2)))
+    assert mean.shape == (5, 4)
+
+
+def test_reuse_compares_a_policy_on_the_states_of_its_episodes():
+    cfg = config("experiment=finn2017/navigation", *SIZES)
+    learner, protocol = build.learner(cfg), build.build_protocol(cfg, tasks=2, queries=4)
+    rows = reuse.similarity(cfg, learner, learner.state.params, protocol)
+    assert {row["positions"] for row in rows} == {4 * 5}  # 4 episodes of 5 steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("evaluation.steps=0", "evaluation.step_size=[]"), r"step_size=\[\]: give a positive number"),
+        (
+            (
+                "algorithm.step_size={_target_:optax.constant_schedule,value:0.1}",
+                "evaluation.step_size=${algorithm.step_size}",
+            ),
+            "a schedule",
+        ),
+    ],
+)
+def test_step_sizes_that_no_protocol_has_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build.check(config("experiment=finn2017/navigation", *changes))
+
+
+def test_reptile_has_one_step_size():
+    cfg = config("algorithm=reptile", "optimizer=reptile", "evaluation.steps=2", "evaluation.step_size=[0.1,0.05]")
+    with pytest.raises(ValueError, match="the inner optimizer of algorithm reptile is that of training; give a number"):
+        build.build_adapt(cfg, build.build_protocol(cfg))
 
 
 def test_step_sizes_of_each_step_are_as_many_as_the_steps():

@@ -123,6 +123,13 @@ def test_a_constant_representation_has_no_answer(value):
     assert jnp.isnan(cka(x, x))
 
 
+def test_numbers_of_few_digits_and_a_large_constant_beside_others():
+    x = jnp.asarray(1 + 0.01 * made(60, 4), jnp.bfloat16)
+    assert cka(x, x) == pytest.approx(1, abs=1e-5)
+    beside = np.concatenate([made(60, 4), np.full((60, 1), 1e7)], 1)
+    assert cka(*single(beside, made(60, 4))) == pytest.approx(1, abs=1e-5)
+
+
 def test_both_can_be_mapped():
     x, y = single(made(3, 60, 6), made(3, 60, 4, seed=1))
     for of in (cka, cca):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg
 import numpy as np
 from jaxtyping import PyTree
 
@@ -41,6 +42,7 @@ def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batc
         key_action, key_dynamics = jax.random.split(key)
         action = _draw(key_action, forward(apply, fixed, state))
         following, reward, goes_on = jax.vmap(dynamics)(jax.random.split(key_dynamics, count), state, action, told)
+        _check_step(state, following, jnp.asarray(reward), jnp.asarray(goes_on))
         reward = jnp.where(present, reward, 0).astype(jnp.promote_types(reward.dtype, jnp.float32))
         remains = present & goes_on
         following = jax.vmap(lambda on, new, old: jax.tree.map(lambda x, y: jnp.where(on, x, y), new, old))(
@@ -84,15 +86,16 @@ def policy_gradient(
         2019, arXiv 1810.06784). "log_probability": wₜ = log πₜ, the code of Finn et al. 2017, whose second derivative lacks the
         products of scores.
       baseline: "linear": ridge regression of the returns on states and time (Duan et al. 2016, arXiv 1604.06778, section
-        3), fitted to these episodes: not independent of the actions, hence a small bias. "others": the mean return at that time
-        of the other episodes, which is independent of them: no bias. None: 0.
+        3), fitted to these episodes: not independent of the actions, hence a bias of the order of features / steps. "others":
+        the mean return at that time of the other episodes, which is independent of them: no bias. None: 0.
       standardize: advantages of mean 0 and variance 1 over all steps of the batch, and the mean over steps in place of episodes:
         as in the code of MAML, whose step sizes are for this.
 
     `loss.per_example` exists; an episode's part depends on the others through baseline, scale and key ("jacobian").
 
     Raises:
-      ValueError: for a horizon below 1, a discount outside of (0, 1], unknown names; when traced, for "others" of one episode.
+      ValueError: for a horizon below 1, a discount outside of (0, 1], unknown names; when traced, for "others" of one episode,
+        and for dynamics that give other than (state, scalar, bool).
     """
     if not whole(horizon, 1):
         raise ValueError(f"horizon={horizon!r}: give a whole number of steps, 1 or more")
@@ -139,6 +142,20 @@ def _flat(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
+def _check_step(before: PyTree, after: PyTree, reward: jax.Array, goes_on: jax.Array) -> None:
+    shapes = [jax.tree.map(lambda x: (jnp.shape(x)[1:], jnp.result_type(x)), state) for state in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"dynamics: the state has (shape, dtype) {shapes[1]} and had {shapes[0]}; give one of the same kind"
+        )
+    if reward.ndim != 1:
+        raise ValueError(f"dynamics: the reward has shape {reward.shape[1:]}; give a scalar")
+    if goes_on.ndim != 1 or goes_on.dtype != bool:
+        raise ValueError(
+            f"dynamics: whether the episode goes on has shape {goes_on.shape[1:]} and dtype {goes_on.dtype}; give a bool"
+        )
+
+
 def _draw(key: Key, outputs: Any) -> jax.Array:
     if not isinstance(outputs, tuple):
         return jax.random.categorical(key, outputs)
@@ -180,7 +197,10 @@ def _baseline(kind: str | None, found: Episodes, returns: jax.Array) -> jax.Arra
     state = jnp.clip(jnp.concatenate(states, 1), -10, 10)
     time = jnp.tile(jnp.arange(horizon, dtype=returns.dtype) / 100, count)[:, None]
     features = jnp.concatenate([state, state**2, time, time**2, time**3, jnp.ones_like(time)], 1)
-    weighted = features * found.present.reshape(-1, 1)
+    present, size = found.present.reshape(-1, 1), features.shape[1]
+    # By QR: the features may be dependent (one-hot states), and in float32 their Gram matrix then hides the ridge.
+    ridge = jnp.sqrt(1e-5) * jnp.eye(size, dtype=returns.dtype)
+    q, r = jnp.linalg.qr(jnp.concatenate([features * present, ridge]))
     with jax.default_matmul_precision("highest"):
-        gram = weighted.T @ features + 1e-5 * jnp.eye(features.shape[1], dtype=returns.dtype)
-        return (features @ jnp.linalg.solve(gram, weighted.T @ returns.reshape(-1))).reshape(returns.shape)
+        sought = q[:-size].T @ (present[:, 0] * returns.reshape(-1))
+        return (features @ jax.scipy.linalg.solve_triangular(r, sought)).reshape(returns.shape)

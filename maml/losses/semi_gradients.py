@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from maml.losses.supervised import forward, mse, with_examples
-from maml.types import Apply, Batch, Key, Loss, Metrics, Params, Transitions, leaf_name
+from maml.types import SEMI_GRADIENT, Apply, Batch, Key, Loss, Metrics, Params, Transitions, leaf_name
 
 
 def semi_gradient(two_argument: Callable[[Params, Params, Batch, Key], tuple[jax.Array, Metrics]]) -> Loss:
@@ -17,16 +17,35 @@ def semi_gradient(two_argument: Callable[[Params, Params, Batch, Key], tuple[jax
 
     `two_argument(params, target, batch, key)` -> (value, metrics). An inner loop differentiates the field g itself, hence both
     arguments: `stop_gradient` on the target inside a loss gives the same inner step and another, wrong, meta-gradient. g is no
-    gradient, and its Jacobian not symmetric. As a plain loss, such as the outer one, it is L(θ, stop_gradient(θ)).
+    gradient, and its Jacobian not symmetric. A plain loss, such as the outer one, has the derivative g too; so has a loss that
+    is made of it, such as one with a penalty more, and the derivative of that derivative is the whole Jacobian.
 
     Of a model with batch statistics say so: set `loss.batch_statistics = True`, as `td0` and `partitioned` do.
     """
 
     def loss(params, batch, key):
-        return two_argument(params, jax.tree.map(jax.lax.stop_gradient, params), batch, key)
+        return two_argument(params, jax.tree.map(_stopped_once, params), batch, key)
 
     loss.two_argument, loss.is_gradient = two_argument, False
     return loss
+
+
+@jax.custom_jvp
+def _held(x):
+    return x
+
+
+@_held.defjvp
+def _(primals, tangents):
+    return primals[0], jnp.zeros_like(tangents[0])
+
+
+def _stopped_once(x: ArrayLike) -> ArrayLike:
+    """A constant for the innermost derivative, and x for those around it."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return x
+    with jax.named_scope(SEMI_GRADIENT):  # by which others know that a loss is made of one
+        return _held(x)
 
 
 TARGETS = ("full", "stop")
@@ -82,8 +101,10 @@ def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
         values = squares(params, jax.tree.map(jax.lax.stop_gradient, params), batch)
         return values.reshape(len(values), -1).mean(1)
 
-    full = semi_gradient(two_argument)
-    loss: Any = full if target == "full" else lambda params, batch, key: full(params, batch, key)
+    def stopped(params, batch, key):
+        return two_argument(params, jax.tree.map(jax.lax.stop_gradient, params), batch, key)
+
+    loss: Any = semi_gradient(two_argument) if target == "full" else stopped
     loss.is_gradient = False
     return with_examples(loss, per_example, apply)
 
