@@ -17,6 +17,7 @@ from maml import train
 from maml.evaluate import Evaluator, Protocol, check_sizes, ensemble_adapt, ensemble_apply, evaluator
 from maml.inner_loop import with_prototypes
 from maml.models import functional
+from maml.objectives import switched
 from maml.random import key_for
 from maml.types import Adapt, Apply, Loss, Objective, Padded, Params, Sampler, as_argument, initial, whole
 
@@ -178,8 +179,13 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
 
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
-    """The algorithm's objective of a loss: that of the task, or one made from it."""
-    return _make("algorithm", instantiate(cfg.algorithm.objective, _convert_="all"), loss, inner_loop(cfg))
+    """The algorithm's objective of a loss: that of the task, or one made from it; first order before `first_order_until`."""
+    make = instantiate(cfg.algorithm.objective, _convert_="all")
+    objective = _make("algorithm", make, loss, inner_loop(cfg))
+    if not (until := cfg.algorithm.get("first_order_until")):
+        return objective
+    early = _make("algorithm", make, loss, inner_loop(with_derivative(cfg, "first_order")))
+    return switched(until, early, objective)
 
 
 def inner_loop(cfg: DictConfig) -> Adapt:
@@ -356,7 +362,7 @@ _WHOLE = {
     **{f"task.{name}": 1 for name in ("ways", "shots", "queries")},
     **{f"trainer.{name}": 0 for name in ("steps", "validate_every")},
     **{f"trainer.{name}": 1 for name in ("meta_batch", "log_every", "checkpoint_every", "keep_checkpoints")},
-    **{"trainer.validation_tasks": 1, "algorithm.steps": 0},
+    **{"trainer.validation_tasks": 1, "algorithm.steps": 0, "algorithm.first_order_until": 0},
     **{"diagnostics.per_example.every": 0, "diagnostics.per_example.tasks": 2, "diagnostics.per_example.outliers": 0},
     **{"diagnostics.curvature.every": 0, "diagnostics.curvature.tasks": 1, "diagnostics.curvature.lanczos": 1},
     **{"diagnostics.learned.every": 0, "gradcheck.tasks": 1, "gradcheck.directions": 1},
@@ -465,6 +471,8 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     others = [cfg[part] for part in cfg if part not in ("algorithm", "evaluation")]  # evaluation takes what there is
     for key in added:
         if key in ("name", "steps", "needs", "objective", "adapt") or reads(cfg, key):
+            continue
+        if key == "first_order_until" and "derivative" in cfg.algorithm:
             continue
         if not any(
             re.search(rf"\balgorithm\.{key}\b", OmegaConf.to_yaml(x)) for x in others if isinstance(x, Container)

@@ -101,11 +101,9 @@ def switched(until: int, before: Objective, after: Objective) -> Objective:
     return objective
 
 
-def annealed(
-    loss: Loss, adapt: Adapt, until: int, before: Callable, after: Callable, early: Adapt | None = None
-) -> Objective:
-    """`switched` for a config: `before` and `after` make objectives of (loss, adapt); `before` takes `early` if given."""
-    return switched(until, before(loss, early or adapt), after(loss, adapt))
+def annealed(loss: Loss, adapt: Adapt, until: int, before: Callable, after: Callable) -> Objective:
+    """`switched` for a config: `before` and `after` make objectives of (loss, adapt)."""
+    return switched(until, before(loss, adapt), after(loss, adapt))
 
 
 def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int | None = None) -> Objective:

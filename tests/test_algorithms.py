@@ -336,8 +336,8 @@ SAME = {
     "switched before it switches": lambda loss, loop: switched(
         5, query_loss(loss, loop), parameter_distance(loss, loop)
     ),
-    "annealed, with an early loop": lambda loss, loop: annealed(
-        loss, unroll(optax.sgd(9.0), 1), until=5, before=query_loss, after=query_loss, early=loop
+    "annealed before its end": lambda loss, loop: annealed(
+        loss, loop, until=5, before=query_loss, after=parameter_distance
     ),
 }
 
@@ -359,15 +359,21 @@ def test_equal_learned_step_sizes_are_maml():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), found, expected)
 
 
-def test_order_annealing_is_first_order_before_its_meta_step_and_exact_from_it_on():
-    loss, params, task = small()
-    loops = [unroll(optax.sgd(0.1), 3, *d) for d in ((first_order,), ())]
-    objective = annealed(loss, loops[1], until=5, before=query_loss, after=query_loss, early=loops[0])
-    for step, loop in ((4, loops[0]), (5, loops[1])):
-        expected = gradient(query_loss(loss, loop), params, task)
-        jax.tree.map(
-            partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), gradient(objective, params, task, step), expected
-        )
+@pytest.mark.parametrize(("name", "key"), [("maml", "+algorithm"), ("maml_pp", "algorithm")])
+def test_order_annealing_is_first_order_before_its_meta_step_and_exact_from_it_on(name, key):
+    tiny = [f"algorithm={name}", "algorithm.steps=2", "evaluation.steps=2", "model=mlp_batch_norm", "model.hidden=[6]"]
+    cfg = config(*tiny, f"{key}.first_order_until=5")
+    learner = build.learner(cfg)
+    task = jax.tree.map(lambda x: x[0], learner.sampler(KEY[None]))
+    orders = [build.with_derivative(config(*tiny), order) for order in ("first_order", "reverse")]
+    exact, first = [], []
+    for step in (4, 5):
+        found = gradient(build.build_objective(cfg, learner.loss), learner.state.params, task, step)
+        for kind, order in zip((first, exact), orders, strict=True):
+            other = gradient(build.build_objective(order, learner.loss), learner.state.params, task, step)
+            kind.append(optax.tree.norm(jax.tree.map(jnp.subtract, found, other)) / optax.tree.norm(other))
+    assert first[0] < 1e-5 < 1e-2 < exact[0]
+    assert exact[1] < 1e-5 < 1e-2 < first[1]
 
 
 def test_the_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step():

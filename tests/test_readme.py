@@ -4,11 +4,19 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 from hydra import compose, initialize_config_dir
 
 import experiments.build  # noqa: F401  registers the schema
 from experiments.program import expanded
+from maml import derivatives, implicit, inner_loop, objectives, quantization
+from maml.losses import cross_entropy
+from maml.models import MLP, functional
+from maml.types import Task, initial
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -44,6 +52,48 @@ def test_the_commands_compose(command):
     overrides = [w if "," not in w else w.split(",")[0] for w in words]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert compose("config", overrides=overrides).trainer.steps > 0
+
+
+def one_liners() -> dict[str, str]:
+    """The first piece of code of each row of the table of algorithms, by the name of the file."""
+    rows = re.findall(r"^\| `(\w+)`.*? \| `((?:query|multi_step|parameter)_\w+\(.*?\))`", TEXT, re.MULTILINE)
+    return dict(rows)
+
+
+def test_every_algorithm_has_a_line_in_python():
+    told = {
+        name
+        for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+).*\| `(?:query|multi|param)", TEXT, re.MULTILINE)
+        for name in re.findall(r"\w+", row)
+    }
+    assert told == {path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", one_liners())
+def test_the_line_in_python_is_an_algorithm(name):
+    """Its meta-gradient on a network that has all that they ask for: norms, a context, a head with features."""
+    adapts = []
+
+    def made_of(objective):
+        return lambda loss, adapt, *more: adapts.append(adapt) or objective(loss, adapt, *more)
+
+    parts = {k: v for module in (inner_loop, implicit, derivatives, quantization) for k, v in vars(module).items()}
+    parts |= {k: made_of(getattr(objectives, k)) for k in ("query_loss", "multi_step_loss", "parameter_distance")}
+    parts |= {
+        "annealed_weights": objectives.annealed_weights,
+        "optax": optax,
+        "PathContains": nnx.PathContains,
+        "Not": nnx.Not,
+    }
+    apply, params = functional(MLP((2,), 3, hidden=(4,), norm=nnx.BatchNorm, context=2, rngs=nnx.Rngs(0)))
+    parts |= {"loss": cross_entropy(apply), "norms": nnx.PathContains("norms"), "quantizer": quantization.uniform(8)}
+    objective = eval(one_liners()[name].replace("unroll(...)", "unroll(optax.sgd(0.01), 5)"), parts)  # noqa: S307
+    side = jnp.ones((6, 2)), jnp.arange(6) % 3
+    meta_params = initial(adapts[0], params, jax.random.key(0))
+    of = jax.eval_shape(
+        jax.grad(lambda p: objective(p, Task(side, side), jax.random.key(0), jnp.int32(0))[0]), meta_params
+    )
+    assert jax.tree.map(jnp.shape, of) == jax.tree.map(jnp.shape, meta_params)
 
 
 def test_the_paths_it_names_exist():
