@@ -172,10 +172,13 @@ def _fitting(cfg: DictConfig) -> Iterator[None]:
             error = ValueError(
                 f"an optimizer asks for the value of the loss (a line search?), which no loop gives; take another ({error})"
             )
-        model, optimizer = (OmegaConf.select(cfg, f"{part}._target_", default="?") for part in ("model", "optimizer"))
-        parts = f"model {model.removeprefix('maml.models.')} and optimizer {optimizer}"
+        parts = f"model {_model(cfg)} and optimizer {OmegaConf.select(cfg, 'optimizer._target_', default='?')}"
         hint = f"; {cfg.algorithm.needs}" if "needs" in cfg.algorithm else ""
         raise ValueError(f"algorithm {cfg.algorithm.name} does not fit {parts}: {error}{hint}") from error
+
+
+def _model(cfg: DictConfig) -> str:
+    return OmegaConf.select(cfg, "model._target_", default="?").removeprefix("maml.models.")
 
 
 def build_objective(cfg: DictConfig, loss: Loss) -> Objective:
@@ -350,7 +353,7 @@ def evaluation(
     try:
         check_sizes(params, sampler, learner.loss, adapt, protocol)
     except ValueError as error:
-        raise ValueError(f"evaluation, algorithm {cfg.algorithm.name}: {error}") from error
+        raise ValueError(f"evaluation, algorithm {cfg.algorithm.name} and model {_model(cfg)}: {error}") from error
     chunk, loss = train.chunk_size("auto", protocol.tasks, params), learner.loss
     if ensemble is not None:
         adapt = ensemble_adapt(adapt, loss)

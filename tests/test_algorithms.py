@@ -198,6 +198,25 @@ def test_what_the_inner_loop_moves(algorithm, model):
     assert all(changed for n, changed in moved.items() if part(n) and "kernel" in n)
 
 
+class Headless(nnx.Module):
+    """A model whose last layer has another name."""
+
+    def __init__(self, input_shape, outputs, *, rngs, **_):
+        self.last = nnx.Linear(input_shape[0], outputs, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.last(inputs)
+
+
+@pytest.mark.parametrize("algorithm", ["anil", "linear_probe"])
+def test_a_model_without_a_head_is_refused_by_name(algorithm):
+    cfg = config(f"algorithm={algorithm}", "model._target_=tests.test_algorithms.Headless")
+    with pytest.raises(
+        ValueError, match=rf"algorithm {algorithm} .*model tests.test_algorithms.Headless.*: .*no parameter"
+    ):
+        build.evaluation(cfg, build.learner(cfg))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -239,7 +258,7 @@ def test_more_steps_in_evaluation_than_were_learned_are_refused_before_training(
         "algorithm=maml_pp", "model=mlp_batch_norm", "model.hidden=[8]", "algorithm.steps=2", "evaluation.steps=3"
     )
     learner = build.learner(cfg)
-    with pytest.raises(ValueError, match="learned for 2 inner steps"):
+    with pytest.raises(ValueError, match="algorithm maml_pp and model MLP: .*learned for 2 inner steps"):
         build.evaluation(cfg, learner)
 
 
