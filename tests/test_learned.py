@@ -147,6 +147,48 @@ def test_hyperparameters_of_an_optimizer_are_learned(optimizer, initial_values, 
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("per", ["tensor", "parameter"])
+def test_each_tensor_or_parameter_has_its_own_hyperparameters(per, per_step):
+    """SGD with momentum by hand: m ← g + μ m, θ ← θ - α m, with other α and μ for each tensor or number, and step."""
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5], [3.0]])}
+
+    def loss(p, batch, key):
+        del key
+        return (batch * p["a"] ** 2).sum() / 2 + (p["a"] @ p["b"]).sum() ** 2, {}
+
+    adapt = learned_hyperparameters(3, optax.sgd, {"learning_rate": 0.1, "momentum": 0.5}, per=per, per_step=per_step)
+    inner = initial(adapt, params, KEY).inner
+    shapes = {k: (3,) * per_step + (x.shape if per == "parameter" else ()) for k, x in params.items()}
+    assert {h: {k: x.shape for k, x in tree.items()} for h, tree in inner.items()} == dict.fromkeys(inner, shapes)
+    rng = np.random.default_rng(0)
+    inner = jax.tree.map(lambda x: jnp.asarray(x * rng.uniform(0.5, 1.5, x.shape)), inner)
+    theta, moment = dict(params), jax.tree.map(jnp.zeros_like, params)
+    for step in range(3):
+        grads = jax.grad(lambda p: loss(p, 2.0, KEY)[0])(theta)
+        for k in theta:
+            alpha, mu = (inner[h][k][step] if per_step else inner[h][k] for h in ("learning_rate", "momentum"))
+            moment[k] = grads[k] + mu * moment[k]
+            theta[k] = theta[k] - alpha * moment[k]
+    adapted = adapt(loss, MetaParams(params, inner), 2.0, KEY).params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), adapted, theta)
+    check_gradient(query_loss(loss, adapt), MetaParams(params, inner), Task(2.0, 3.0))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_loop_around_tensors_of_their_own_optimizer_moves_a_part():
+    apply, params = network()
+    adapt = only(nnx.PathContains("head"), learned_hyperparameters(1, optax.adam, {"learning_rate": 0.1}, per="tensor"))
+    meta = initial(adapt, params, KEY)
+    assert len(jax.tree.leaves(meta.inner)) == 2
+    adapted = adapt(mse(apply), meta, regression().support, KEY).params
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), adapted, params)
+    assert sum(jax.tree.leaves(moved)) == 2
+    with pytest.raises(ValueError, match="per='step': give one of loop, tensor, parameter"):
+        learned_hyperparameters(1, optax.sgd, {"learning_rate": 0.1}, per="step")
+
+
+@pytest.mark.usefixtures("x64")
 def test_each_step_has_its_own_hyperparameters():
     """θ ← θ - αₜ A (θ - c), by hand, with other numbers in every row; fewer steps take the first ones, more are refused."""
     support = jax.tree.map(lambda x: x[0], quadratics(seed=4).support)

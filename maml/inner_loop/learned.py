@@ -38,6 +38,7 @@ def learned_hyperparameters(
     optimizer: Callable[..., optax.GradientTransformation],
     initial: Mapping[str, float],
     *,
+    per: str = "loop",
     per_step: bool = False,
     positive: bool = False,
     **how: Any,
@@ -47,15 +48,18 @@ def learned_hyperparameters(
     Args:
       optimizer: an optax alias, or any function of these names: `optax.sgd`, `functools.partial(optax.adamw, eps=1e-6)`.
       initial: where each starts, by the name that `optimizer` has for it: `{"learning_rate": 0.1, "momentum": 0.5}`.
+      per: "loop": one of each; "tensor", "parameter": one for each kernel and bias, or each number. Every tensor has its own
+        `optimizer` then, so that what looks at all of them (a clip by the global norm) looks at that tensor alone.
       per_step: whether every step has its own (axis 0).
       positive: h = eᵃ with a learned; without it h may change its sign.
       how: derivative, remat, precision of `unroll`.
 
     Raises:
-      ValueError: as `unroll`, for no hyperparameters, one that is no number or that `optimizer` does not take, and a positive one
-        that does not start above 0; when initialised, for a flag or a count of the optimizer; when traced, for more steps than
-        were learned.
+      ValueError: as `unroll`, for another `per`, no hyperparameters, one that is no number or that `optimizer` does not take, and
+        a positive one that does not start above 0; when initialised, for a flag or a count of the optimizer; when traced, for
+        more steps than were learned.
     """
+    _check_per(per)
     for name, value in initial.items():
         if not isinstance(value, Real) or isinstance(value, bool):
             raise ValueError(
@@ -72,10 +76,11 @@ def learned_hyperparameters(
 
     def make(inner):
         values = jax.tree.map(jnp.exp, inner) if positive else inner
+        of = (lambda h: optimizer(**h)) if per == "loop" else functools.partial(_by_tensor, optimizer)
         if not per_step:
-            return unroll(optimizer(**values), steps, **how)
+            return unroll(of(values), steps, **how)
         _check_rows(steps, inner)
-        return unroll(_by_step(optimizer, values), steps, **how)
+        return unroll(_by_step(of, values), steps, **how)
 
     def update(name, value, params):
         made = optimizer(**{**initial, name: value})
@@ -91,17 +96,22 @@ def learned_hyperparameters(
                     f"initial: {name} is a flag or a count of this optimizer, and is not learned"
                 ) from error
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        start = {name: jnp.full((rows,) * per_step, value, dtype) for name, value in initial.items()}
+
+        def every(value, x):
+            return jnp.full((rows,) * per_step + (x.shape if per == "parameter" else ()), value, dtype)
+
+        of = {name: functools.partial(every, value) for name, value in initial.items()}
+        start = {k: f(jnp.zeros(())) if per == "loop" else jax.tree.map(f, params) for k, f in of.items()}
         return jax.tree.map(jnp.log, start) if positive else start
 
     return learned(make, init)
 
 
-def _by_step(optimizer: Callable[..., optax.GradientTransformation], rows: Mapping[str, jax.Array]):
+def _by_step(make: Callable[[Any], optax.GradientTransformation], rows: Any) -> optax.GradientTransformation:
     """The optimizer with the hyperparameters of each step; its first state is that of the first ones."""
 
     def of(step):
-        return optimizer(**{name: x[step] for name, x in rows.items()})
+        return make(jax.tree.map(lambda x: x[step], rows))
 
     def update(updates, state, params=None):
         step, inner = state
@@ -109,6 +119,25 @@ def _by_step(optimizer: Callable[..., optax.GradientTransformation], rows: Mappi
         return updates, (step + 1, inner)
 
     return optax.GradientTransformation(lambda params: (jnp.zeros((), jnp.int32), of(0).init(params)), update)
+
+
+def _by_tensor(
+    optimizer: Callable[..., optax.GradientTransformation], values: Mapping[str, Params]
+) -> optax.GradientTransformation:
+    """An optimizer for each tensor, with the hyperparameters that stand at its place in `values`."""
+    leaves = {name: jax.tree.leaves(tree) for name, tree in values.items()}
+    each = [optimizer(**dict(zip(leaves, row, strict=True))) for row in zip(*leaves.values(), strict=True)]
+
+    def init(params):
+        return [one.init(x) for one, x in zip(each, jax.tree.leaves(params), strict=True)]
+
+    def update(updates, state, params=None):
+        gradients, structure = jax.tree.flatten(updates)
+        at = [None] * len(each) if params is None else jax.tree.leaves(params)
+        found = [one.update(*of) for one, *of in zip(each, gradients, state, at, strict=True)]
+        return structure.unflatten([new for new, _ in found]), [new for _, new in found]
+
+    return optax.GradientTransformation(init, update)
 
 
 def learned_step_sizes(
@@ -138,8 +167,7 @@ def learned_step_sizes(
       ValueError: as `unroll`, for another `per`, an empty range, and a positive α that does not start above 0; when traced, for
         more steps than were learned.
     """
-    if per not in PER:
-        raise ValueError(f"per={per!r}: give one of {', '.join(PER)}")
+    _check_per(per)
     low, high = (initial, initial) if isinstance(initial, int | float) else initial
     if not low <= high or (positive and low <= 0):
         raise ValueError(f"initial={initial!r}: give a number, or a range with low <= high{', above 0' * positive}")
@@ -165,6 +193,11 @@ def learned_step_sizes(
         return structure.unflatten([one(i, x) for i, x in enumerate(leaves)])
 
     return learned(make, init)
+
+
+def _check_per(per: str) -> None:
+    if per not in PER:
+        raise ValueError(f"per={per!r}: give one of {', '.join(PER)}")
 
 
 def _check_rows(steps: int, inner: Any) -> None:
