@@ -16,7 +16,7 @@ from experiments import build
 from experiments import run as program
 from experiments.program import of_experiment
 from maml import train
-from maml.derivatives import first_order
+from maml.derivatives import equations, first_order
 from maml.inner_loop import learned_step_sizes, only, per_step, unroll, with_prototypes
 from maml.losses import cross_entropy
 from maml.models import MLP, functional
@@ -142,6 +142,25 @@ def test_derivatives_agree_and_first_order_is_another_one(algorithm, kind, folde
     assert apart["mixed"] < 1e-9
     takes_steps = algorithm not in ("joint", "linear_probe")
     assert (apart["first_order"] > 1e-6) == takes_steps, apart
+
+
+DIFFERENTIATED = [
+    name for name in ALGORITHMS if "${algorithm.derivative}" in (ROOT / f"conf/algorithm/{name}.yaml").read_text()
+]
+
+
+@pytest.mark.parametrize("algorithm", sorted(set(DIFFERENTIATED) - {"joint", "linear_probe"}))  # those take no steps
+def test_every_file_hands_its_derivative_to_its_inner_loop(algorithm, folder):
+    """By the size of the program of the meta-gradient: that of first order is the smallest, that of mixed another one."""
+    cfg, learner = learner_of(algorithm, **({"folder": folder} if algorithm in CLASSIFIERS else {}))
+    task = jax.tree.map(lambda x: x[0], learner.sampler(KEY[None]))
+    sizes = {}
+    for order in ("reverse", "mixed", "first_order"):
+        objective = build.build_objective(build.with_derivative(cfg, order), learner.loss)
+        program = jax.make_jaxpr(jax.grad(lambda p, of=objective: of(p, task, KEY, 0)[0]))(learner.state.params)
+        sizes[order] = sum(1 for _ in equations(program.jaxpr))
+    assert sizes["first_order"] < sizes["reverse"]
+    assert sizes["mixed"] not in (sizes["first_order"], sizes["reverse"])
 
 
 @pytest.mark.slow
