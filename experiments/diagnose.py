@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import build, curvature, diagnostics, results
+from experiments import build, curvature, diagnostics, results, schema
 from experiments.collect import records
 from experiments.program import CONF, on_run, write
 from maml import plots, train
@@ -40,7 +40,7 @@ def load(
     config = results.saved_config(checkpoints)
     defaults = OmegaConf.load(CONF / "config.yaml")
     cfg = OmegaConf.merge({"diagnostics": defaults.diagnostics}, dict(config))  # also of runs that had none
-    cfg.diagnostics = OmegaConf.merge(OmegaConf.structured(build.Diagnostics), cfg.diagnostics)
+    cfg.diagnostics = OmegaConf.merge(OmegaConf.structured(schema.Diagnostics), cfg.diagnostics)
     for override in overrides:
         key, separator, value = override.partition("=")
         if (

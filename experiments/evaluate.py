@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import build, results
+from experiments import build, results, schema
 from experiments.collect import records
 from experiments.program import CONF, on_run
 from maml import train
@@ -38,7 +38,7 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises:
       ValueError: for an unknown protocol or key, and for keys that would change what was trained.
     """
-    typed = OmegaConf.structured(build.Evaluation)
+    typed = OmegaConf.structured(schema.Evaluation)
     cfg.evaluation = OmegaConf.merge(typed, cfg.evaluation)  # with the keys that an older run had not
     for override in overrides:
         key, separator, value = override.partition("=")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from experiments import build
+from experiments import build, schema
 from experiments.program import write
 from maml.checkpoint import Checkpoints, digest
 from maml.evaluate import Protocol
@@ -78,7 +78,7 @@ def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
 
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A saved config with the keys of `trainer` that an older run had not, at what it did: the schema's defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(build.Trainer) if f.default is not MISSING}
+    defaults = {f.name: f.default for f in dataclasses.fields(schema.Trainer) if f.default is not MISSING}
     return {**config, "trainer": {**defaults, **config["trainer"]}}
 
 

@@ -133,8 +133,8 @@ def _by_tensor(
 
     def update(updates, state, params=None):
         gradients, structure = jax.tree.flatten(updates)
-        at = [None] * len(each) if params is None else jax.tree.leaves(params)
-        found = [one.update(*of) for one, *of in zip(each, gradients, state, at, strict=True)]
+        at: list[Any] = [None] * len(each) if params is None else jax.tree.leaves(params)
+        found = [one.update(g, old, x) for one, g, old, x in zip(each, gradients, state, at, strict=True)]
         return structure.unflatten([new for new, _ in found]), [new for _, new in found]
 
     return optax.GradientTransformation(init, update)
