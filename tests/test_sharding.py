@@ -13,7 +13,8 @@ from flax import nnx
 
 from experiments import run
 from maml import train
-from maml.inner_loop import learned_step_sizes
+from maml.implicit import implicit
+from maml.inner_loop import learned_step_sizes, low_rank, only, per_step, unroll
 from maml.losses import mse
 from maml.models import MLP, functional
 from maml.objectives import query_loss
@@ -46,12 +47,22 @@ print(json.dumps([found, loss, refused.err, sorted(chunks), tasks_mesh("all").si
 """
 
 
-def after_steps(devices, norm, chunk):
-    """Parameters, step sizes and loss after three outer steps of SGD on eight tasks, in float64."""
+LOOPS = {
+    "learned": lambda: learned_step_sizes(2, 0.05),
+    "implicit": lambda: implicit(unroll(optax.sgd(0.05), 4), strength=2.0, cg_steps=3),
+    "low_rank": lambda: low_rank(2, unroll(optax.sgd(0.05), 2)),
+    "per_step": lambda: per_step(
+        nnx.PathContains("norms"), 2, only(nnx.PathContains("head"), unroll(optax.sgd(0.05), 2))
+    ),
+}
+
+
+def after_steps(devices, norm, chunk, loop="learned"):
+    """Parameters, those of the loop, and loss after three outer steps of SGD on eight tasks, in float64."""
     with jax.enable_x64(True):
         apply, params = functional(MLP((1,), 1, hidden=(8,), norm=nnx.BatchNorm if norm else None, rngs=nnx.Rngs(0)))
         params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
-        adapt = learned_step_sizes(2, 0.05)
+        adapt = LOOPS[loop]()
         objective, optimizer, root = query_loss(mse(apply), adapt), optax.sgd(0.1), jax.random.key(0)
         step = train.meta_step(objective, optimizer, meta_batch=8, task_chunk=chunk, devices=devices)
         state = train.init(initial(adapt, params, key_for(root, "inner")), optimizer, root)
@@ -75,6 +86,31 @@ def test_the_meta_gradient_over_devices_is_that_of_one(tmp_path):
     assert loss == pytest.approx(summary(tmp_path / "1")["metrics"]["meta_test/step_2/loss"]["mean"], rel=1e-5)
     assert "meta_batch=4, devices=3: give a multiple of the 3 devices" in refused
     assert chunks == [1, 2]  # of four tasks each device has two
+
+
+OTHERS = """
+import json
+from tests.test_sharding import LOOPS, after_steps
+
+found = {}
+for loop in sorted(set(LOOPS) - {"learned"}):
+    one, many = (after_steps(devices, True, "auto", loop) for devices in (1, "all"))
+    size = max(abs(x).max() for x in one[0])
+    found[loop] = float(max(abs(x - y).max() for x, y in zip(one[0], many[0], strict=True)) / size)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_other_inner_loops_over_devices_are_those_of_one():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, **flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", OTHERS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 3
+    assert max(found.values()) <= 1e-9
 
 
 def test_devices_that_are_not_there_are_refused():
