@@ -173,7 +173,8 @@ def _lines_of(ledger: Path) -> list[list[str]]:
 
 
 _UNTOLD = ("experiment", "seed", "logger", "hydra", "resume", "task.data_dir")
-_UNTOLD += ("trainer.keep_checkpoints", "trainer.log_every", "trainer.validate_every", "trainer.validation_tasks")
+_UNTOLD += ("trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every")
+_UNTOLD += ("trainer.validate_every", "trainer.validation_tasks")
 """Overrides that change no number, or stand elsewhere."""
 
 
