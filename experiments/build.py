@@ -357,8 +357,7 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")
     asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.steps=", text)]
     if asked and not asked[-1].endswith("=0") and not reads(cfg, "steps"):
-        name = cfg.algorithm.get("name", "?")
-        raise ValueError(f"{asked[-1]}: the inner steps of algorithm {name} are written in its file; leave it out")
+        raise ValueError(f"{asked[-1]}: {no_steps(cfg)}")
     for key in (found[1] for found in (re.match(r"\+{0,2}quantization\.(\w+)", text) for text in overrides) if found):
         if not any(
             re.search(rf"\bquantization\.{key}\b", OmegaConf.to_yaml(cfg[part])) for part in ("model", "algorithm")
@@ -384,6 +383,10 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 def no_step_size(cfg: DictConfig) -> str:
     return f"algorithm {cfg.algorithm.get('name', '?')} has no step size of its own to change; leave it out"
+
+
+def no_steps(cfg: DictConfig) -> str:
+    return f"the inner steps of algorithm {cfg.algorithm.get('name', '?')} are written in its file; leave it out"
 
 
 def reads(cfg: DictConfig, key: str) -> bool:

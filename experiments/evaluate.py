@@ -60,6 +60,8 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
         elif key == "evaluation.step_size" and value != "null" and not build.reads(cfg, "step_size"):
             raise ValueError(f"{override}: {build.no_step_size(cfg)}")
+        elif key == "evaluation.steps" and value != "0" and not build.reads(cfg, "steps"):
+            raise ValueError(f"{override}: {build.no_steps(cfg)}")
         else:
             OmegaConf.update(cfg, key, yaml.safe_load(value))
     return cfg

@@ -12,7 +12,7 @@ from flax import nnx
 from hydra.utils import instantiate
 from PIL import Image
 
-from experiments import build
+from experiments import build, evaluate
 from experiments import run as program
 from experiments.program import of_experiment
 from maml import train
@@ -312,6 +312,8 @@ def test_what_makes_a_head_of_prototypes_takes_no_other():
 def test_prototypical_networks_are_measured_before_the_first_step_alone(evaluation):
     protocol = build.build_protocol(config("algorithm=protonet", "task=omniglot", f"evaluation={evaluation}"))
     assert (protocol.steps, protocol.step_size) == (0, None)
+    with pytest.raises(ValueError, match="evaluation.steps=3: the inner steps of algorithm protonet are written"):
+        evaluate.changed(config("algorithm=protonet", "task=omniglot"), ["evaluation.steps=3"])
 
 
 def test_an_experiments_numbers_for_another_algorithm_are_told(tmp_path, monkeypatch):
