@@ -4,7 +4,8 @@
                                    [task.data_dir=DIR]
 
 The newest checkpoint of the run is evaluated under the run's own config with these changes (a protocol by name leaves the run's
-steps and step size, and rotations, least ways and minibatches that its file does not give: evaluation.steps= changes them).
+ways, shots, steps and step size, and rotations, least ways and minibatches that its file does not give: evaluation.steps=
+changes them).
 Prints the numbers and writes them to RUN_DIRECTORY/evaluations/<protocol hash>.json (of another checkpoint than the newest
 <protocol hash>-<meta-step>.json).
 
@@ -51,6 +52,7 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 raise ValueError(f"evaluation={value}: no such protocol; there are {names}")
             protocol = OmegaConf.load(path)
             own = {"rotations", "least_ways", "batch"} - set(protocol) | {"steps", "step_size"}  # of task and algorithm
+            own |= {name for name in ("ways", "shots") if OmegaConf.is_interpolation(protocol, name)}
             kept = {name: OmegaConf.select(cfg, f"evaluation.{name}") for name in own}
             cfg.evaluation = OmegaConf.merge(typed, protocol, kept)
         elif not separator or not key.startswith(ALLOWED) or OmegaConf.select(cfg, key, default=cfg) is cfg:

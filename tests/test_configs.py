@@ -295,6 +295,18 @@ def test_a_protocol_by_name_takes_the_sizes_of_the_run_and_turns_what_its_paper_
     assert f"rotations={'none' if name in ('mamlpp', 'reptile') else 'per_class'}" in protocol.task
 
 
+@pytest.mark.parametrize(
+    ("experiment", "ways", "shots"),
+    [("nichol2018/omniglot_5way_1shot", 5, 1), ("snell2017/omniglot_20way_5shot", 20, 5)],
+)
+def test_a_protocol_by_name_takes_the_sizes_of_the_evaluation_where_training_has_others(experiment, ways, shots):
+    """Reptile trains on 10 shots, prototypical networks on 60 ways."""
+    cfg = config(f"experiment={experiment}")
+    for name in ("strict", "finn2017", "mamlpp"):
+        protocol = build.build_protocol(evaluate.changed(cfg.copy(), [f"evaluation={name}"]))
+        assert (protocol.ways, protocol.shots) == (ways, shots)
+
+
 def test_what_turns_no_images_has_protocols_that_turn_none():
     protocol = build.build_protocol(config("evaluation=mamlpp"))
     assert (protocol.queries, "rotations" in protocol.task) == (1, False)
