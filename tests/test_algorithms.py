@@ -399,7 +399,9 @@ def test_equal_learned_step_sizes_are_maml():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), found, expected)
 
 
-@pytest.mark.parametrize(("name", "key"), [("maml", "+algorithm"), ("maml_pp", "algorithm")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("maml", "+algorithm"), pytest.param("maml_pp", "algorithm", marks=pytest.mark.slow)]
+)
 def test_order_annealing_is_first_order_before_its_meta_step_and_exact_from_it_on(name, key):
     tiny = [f"algorithm={name}", "algorithm.steps=2", "evaluation.steps=2", "model=mlp_batch_norm", "model.hidden=[6]"]
     cfg = config(*tiny, f"{key}.first_order_until=5")
