@@ -157,9 +157,9 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
     task = evaluated_task(cfg)
     settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
     if (loss := cfg.task.loss).get("dynamics"):  # its episodes are what is measured
-        own_of_loss = {k: v for k, v in loss.items() if k in ("horizon", "discount")}
-        drawn = own_of_loss | dict(loss.dynamics) | own_of_loss
-        settings += [f"{k}={v}" for k, v in drawn.items() if k != "_partial_"]
+        episode = {k: v for k, v in loss.items() if k in ("horizon", "discount")}
+        drawn = episode | {k: v for k, v in loss.dynamics.items() if k not in ("_partial_", *episode)}
+        settings += [f"{k}={v}" for k, v in drawn.items()]
     if not reads(cfg, "step_size"):
         values["step_size"] = None  # learned, or none: a number that an experiment has for other algorithms is not used
     elif isinstance(size := values["step_size"], ListConfig):

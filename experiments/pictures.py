@@ -112,8 +112,8 @@ def _paths(cfg, learner, params, protocol) -> dict[str, plots.Figure]:
     see = functools.partial(rollout, learner.apply, dynamics, horizon)
     tasks, seen = _adapted(cfg, learner, params, protocol, queries=3, tasks=4, see=see)
     steps = sorted({0, min(1, protocol.steps), protocol.steps})
-    there = np.concatenate([np.ones_like(seen.present[..., :1]), seen.present[..., :-1]], -1)  # the last state, too
-    places = np.where(there[..., None], seen.state, np.nan)
+    after = np.where(seen.present[..., None], seen.following, np.nan)
+    places = np.concatenate([seen.state[..., :1, :], after], -2)
     found = [plots.Paths({s: places[i, s] for s in steps}, tasks.query[1][i, 0]) for i in range(4)]
     return {"adaptation": plots.paths_grid(found)}
 

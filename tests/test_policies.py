@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from omegaconf import OmegaConf
 
-from experiments import build, collect, evaluate, gradcheck, report, reuse, run
+from experiments import build, collect, evaluate, gradcheck, pictures, report, reuse, run
+from maml import plots
 from maml.inner_loop import unroll
 from maml.losses import policy_gradient, rollout
 from maml.losses.policies import ESTIMATORS
@@ -506,6 +507,36 @@ def test_a_policy_has_as_many_outputs_as_the_task_has_actions():
     cfg.task.actions = 4
     mean, _ = build.build_module(cfg, sampler, jax.random.key(0))(jnp.zeros((5, 2)))
     assert mean.shape == (5, 4)
+
+
+def test_paths_end_where_their_episodes_did(monkeypatch):
+    """A path has one place more than its episode has steps."""
+    cfg = config("experiment=finn2017/navigation", *SIZES, "evaluation.steps=1", "evaluation.step_size=0.1")
+    learner, drawn = build.learner(cfg), []
+    monkeypatch.setattr(plots, "paths_grid", drawn.append)
+
+    def toward(key, state, action, goal):
+        del key, action, goal
+        return state + 0.2, jnp.zeros(()), state[0] < 0.3  # at 0.2, 0.4 and 0.6: three steps
+
+    monkeypatch.setattr(pictures, "instantiate", lambda _: toward)
+    assert set(pictures._paths(cfg, learner, learner.state.params, build.build_protocol(cfg))) == {"adaptation"}  # noqa: SLF001
+    (tasks,) = drawn
+    for path in tasks[0].paths[1]:
+        np.testing.assert_allclose(path[:, 0], [0.0, 0.2, 0.4, 0.6, np.nan, np.nan], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_policy_elsewhere_than_in_the_plane_has_curves_alone(size, monkeypatch):
+    cfg = config("experiment=finn2017/navigation", *SIZES)
+
+    def sampler(keys):
+        side = jnp.zeros((len(keys), 3, size)), jnp.zeros((len(keys), 3, size))
+        return Task(side, side)
+
+    monkeypatch.setattr(build, "protocol_sampler", lambda *_: sampler)
+    learner = build.Learner(None, None, sampler, None, None)
+    assert pictures.draw(cfg, learner, {}, build.build_protocol(cfg), {}) == {}
 
 
 def test_reuse_compares_a_policy_on_the_states_of_its_episodes():

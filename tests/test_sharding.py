@@ -72,13 +72,18 @@ def after_steps(devices, norm, chunk, loop="learned"):
         return [jax.device_get(x) for x in jax.tree.leaves(progress.state.params)], losses[3]["objective"]
 
 
-def test_the_meta_gradient_over_devices_is_that_of_one(tmp_path):
+def on_four_devices(script, *arguments):
+    """What a script prints last."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = {**os.environ, **flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    found, loss, refused, chunks, devices = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_meta_gradient_over_devices_is_that_of_one(tmp_path):
+    found, loss, refused, chunks, devices = on_four_devices(SCRIPT, tmp_path)
     assert devices == 4
     assert len(found) == 4
     assert {name: error for name, error in found.items() if not error <= 1e-9} == {}
@@ -103,12 +108,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_other_inner_loops_over_devices_are_those_of_one():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment = {**os.environ, **flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", OTHERS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_four_devices(OTHERS)
     assert len(found) == 3
     assert max(found.values()) <= 1e-9
 

@@ -20,19 +20,23 @@ Dynamics = Callable[[Key, Any, jax.Array, Any], tuple[Any, jax.Array, jax.Array]
 
 
 class Episodes(NamedTuple):
-    """States and actions [episodes, horizon, ...]; rewards, and whether the episode still went on, [episodes, horizon]."""
+    """States and actions [episodes, horizon, ...]; rewards, and whether the episode still went on, [episodes, horizon].
+
+    `following` are the states after each action, that in which an episode ends too.
+    """
 
     state: PyTree
     action: jax.Array
     reward: jax.Array
     present: jax.Array
+    following: PyTree
 
 
 def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batch: Batch, key: Key) -> Episodes:
     """Episodes of a policy from batch = (first states, what `dynamics` is told), each [episodes, ...]; see `policy_gradient`.
 
-    Nothing is differentiated: the parameters are constants here. After its end an episode stays in its last state, without
-    rewards.
+    Nothing is differentiated: the parameters are constants here. After its end an episode stays in the state of its last
+    action, without rewards.
     """
     start, told = batch
     count, fixed = len(jax.tree.leaves(start)[0]), jax.lax.stop_gradient(params)
@@ -45,10 +49,10 @@ def rollout(apply: Apply, dynamics: Dynamics, horizon: int, params: Params, batc
         _check_step(state, following, jnp.asarray(reward), jnp.asarray(goes_on))
         reward = jnp.where(present, reward, 0).astype(jnp.promote_types(reward.dtype, jnp.float32))
         remains = present & goes_on
-        following = jax.vmap(lambda on, new, old: jax.tree.map(lambda x, y: jnp.where(on, x, y), new, old))(
+        kept = jax.vmap(lambda on, new, old: jax.tree.map(lambda x, y: jnp.where(on, x, y), new, old))(
             remains, following, state
         )
-        return (following, remains), (state, action, reward, present)
+        return (kept, remains), (state, action, reward, present, following)
 
     found = jax.lax.scan(act, (start, jnp.ones(count, bool)), jax.random.split(key, horizon))[1]
     return Episodes(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found))
