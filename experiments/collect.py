@@ -22,7 +22,7 @@ _ERRORS = (LookupError, TypeError, AttributeError, ValueError, YAMLError, OmegaC
 _IMMATERIAL = ("seed", "resume", "logger", "paper", "debug_nans", "task.data_dir", "task.cache_dir")
 _IMMATERIAL += ("algorithm.needs", "algorithm.adapt.strict")
 _IMMATERIAL += ("trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
-_IMMATERIAL += ("trainer.validate_every", "trainer.validation_tasks")
+_IMMATERIAL += ("trainer.validate_every", "trainer.validation_tasks", "evaluation.after")
 """Keys, or the groups above them, in which the seeds of one row may differ."""
 
 

@@ -137,7 +137,7 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
     protocol, measure = build.evaluation(cfg, learner, ensemble=ensemble)
     metrics = measure(params)
     summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
-    given = [override for override in overrides if not override.startswith("task.data_dir")]
+    given = [override for override in overrides if not override.startswith(("task.data_dir", "evaluation.after"))]
     return summary | {"step": max(found), "overrides": given}
 
 

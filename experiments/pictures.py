@@ -67,7 +67,8 @@ def _names(metrics: Mapping[str, Interval]) -> list[str]:
 
 
 def _step_curve(name: str, metrics: Mapping[str, Interval], protocol: Protocol) -> plots.Figure:
-    values = [metrics[f"step_{step}/{name}"] for step in range(protocol.steps + 1)]
+    nothing = Interval(np.nan, None, 0)  # evaluation.after
+    values = [metrics.get(f"step_{step}/{name}", nothing) for step in range(protocol.steps + 1)]
     means = np.array([v.mean for v in values])
     ci95 = np.array([np.nan if v.ci95 is None else v.ci95 for v in values])
     return plots.step_curve({f"{protocol.split}, {protocol.hash}": (means, ci95)}, name)

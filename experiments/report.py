@@ -174,7 +174,7 @@ def _lines_of(ledger: Path) -> list[list[str]]:
 
 _UNTOLD = ("experiment", "seed", "logger", "hydra", "resume", "task.data_dir")
 _UNTOLD += ("trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every")
-_UNTOLD += ("trainer.validate_every", "trainer.validation_tasks")
+_UNTOLD += ("trainer.validate_every", "trainer.validation_tasks", "evaluation.after")
 """Overrides that change no number, or stand elsewhere."""
 
 

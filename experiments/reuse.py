@@ -119,7 +119,7 @@ def frozen(cfg: DictConfig, learner: build.Learner, params: Params, protocol: Pr
     rows = []
     for count in range(len(layers) + 1):
         stays = _staying(parts, count)
-        metrics = evaluate(params, sampler, learner.loss, freeze(stays, adapt), protocol, chunk)
+        metrics = evaluate(params, sampler, learner.loss, freeze(stays, adapt), protocol, chunk, after=[protocol.steps])
         values = {name.removeprefix(last): as_json(v) for name, v in metrics.items() if name.startswith(last)}
         rows.append({"frozen": count, "last_frozen": layers[count - 1] if count else None, **values})
     return rows

@@ -36,6 +36,7 @@ class Evaluation:
     rotations: str | None = None  # of the task; null: those of training
     least_ways: int | None = None  # of tasks that vary; 0: none vary; null: as in training
     batch: int | None = None  # of the algorithm's minibatches; null: that of training
+    after: Any = None  # the inner steps after which the query set is measured, as [0,50]; null: all. Changes no number
 
 
 @dataclass

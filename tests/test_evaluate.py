@@ -55,6 +55,24 @@ def test_a_chunk_is_a_number_of_tasks(chunk):
         evaluate(jnp.array([[0.0]]), lines, line_loss(), unroll(optax.sgd(0.1), PROTOCOL.steps), PROTOCOL, chunk)
 
 
+@pytest.mark.parametrize("norm", ["batch", "support"])
+def test_fewer_steps_can_be_measured_and_the_numbers_stay(norm):
+    apply, params = functional(MLP((1,), 1, hidden=(8,), norm=nnx.BatchNorm, rngs=nnx.Rngs(0)))
+    protocol = Protocol(tasks=20, shots=5, queries=5, steps=3, norm=norm)
+    parts = params, sinusoid(shots=5, queries=5), mse(apply), unroll(optax.sgd(0.1), 3), protocol
+    every, some = evaluate(*parts), evaluate(*parts, after=(3, 0))
+    assert list(some) == ["step_0/loss", "step_3/loss"]
+    assert some == {name: every[name] for name in some}
+    assert every["step_0/loss"] != every["step_3/loss"]
+
+
+@pytest.mark.parametrize("after", [[], [4], [-1], [True], [1.0], 3, "last"])
+def test_steps_that_a_protocol_has_not_are_not_measured(after):
+    parts = jnp.array([[0.0]]), lines, line_loss(), unroll(optax.sgd(0.1), PROTOCOL.steps), PROTOCOL
+    with pytest.raises(ValueError, match="give a list of inner steps, 0 to 3, or null for all"):
+        evaluate(*parts, after=after)
+
+
 def test_an_ensemble_is_the_mean_of_outputs_and_each_model_adapts_by_itself():
     """Of lines through 0 it is the line of the mean slope: of slopes 1 and -1, which are both wrong, that of slope 0."""
     loss, adapt = line_loss(), unroll(optax.sgd(0.1), 3)
@@ -142,7 +160,7 @@ def test_no_second_order_graph_is_kept_at_test_time():
         adapt = unroll(optax.sgd(1e-3), steps)
         loss = mse(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
         params = {"a": jnp.ones((1, 300)), "b": jnp.ones((300, 1))}
-        one = lambda p, k: module._curve(p, sinusoid(shots=5, queries=5), loss, adapt, protocol, k)  # noqa: E731
+        one = lambda p, k: module._curves(p, sinusoid(shots=5, queries=5), loss, adapt, protocol, range(steps + 1), k)  # noqa: E731
         return jax.jit(one).lower(params, jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
 
     # The path of parameters is kept (600 numbers a step): anything like activations and their tangents would be more.
