@@ -124,7 +124,7 @@ def evaluator(
     @jax.jit
     def run(params, sampler, start):
         keys = keys_for(root, protocol.split, 0, block, start)
-        return lax.map(lambda k: _curves(params, sampler, loss, adapt, protocol, steps, k), keys, batch_size=chunk)
+        return lax.map(lambda k: _curve(params, sampler, loss, adapt, protocol, k, steps), keys, batch_size=chunk)
 
     def measure(params):
         check_sizes(params, sampler, loss, adapt, protocol)
@@ -201,7 +201,7 @@ def check_sizes(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, prot
         raise ValueError(f"steps={protocol.steps}: the inner loop takes {steps} steps; make them equal")
 
 
-def _curves(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, steps: Sequence[int], key):
+def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, key, steps: Sequence[int]):
     """The query metrics of one task after these inner steps, each [len(steps)]."""
     key_task, key_adapt, key_query = jax.random.split(key, 3)
     task = jax.tree.map(lambda x: x[0], sampler(key_task[None]))

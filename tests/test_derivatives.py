@@ -567,7 +567,7 @@ def test_evaluation_needs_the_memory_of_first_order():
     many = jax.tree.map(lambda x: x[None], task)
 
     def evaluation(params, task):
-        return _curve(params, lambda keys: task, loss, adapt, protocol, KEY)  # noqa: ARG005
+        return _curve(params, lambda keys: task, loss, adapt, protocol, KEY, range(protocol.steps + 1))  # noqa: ARG005
 
     ours = temporaries(evaluation, params, many)
     training = temporaries(of_one_task(loss, first_order, 10), params, task)

@@ -160,7 +160,7 @@ def test_no_second_order_graph_is_kept_at_test_time():
         adapt = unroll(optax.sgd(1e-3), steps)
         loss = mse(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
         params = {"a": jnp.ones((1, 300)), "b": jnp.ones((300, 1))}
-        one = lambda p, k: module._curves(p, sinusoid(shots=5, queries=5), loss, adapt, protocol, range(steps + 1), k)  # noqa: E731
+        one = lambda p, k: module._curve(p, sinusoid(shots=5, queries=5), loss, adapt, protocol, k, range(steps + 1))  # noqa: E731
         return jax.jit(one).lower(params, jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes
 
     # The path of parameters is kept (600 numbers a step): anything like activations and their tangents would be more.
