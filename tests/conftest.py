@@ -5,9 +5,12 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have one way to make code of fusions
-    # The older way compiles in half the time, and that is the time of the tests. XLA_FLAGS= pytest: as users have it.
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+if "XLA_FLAGS" not in os.environ:  # XLA_FLAGS= pytest: everything compiled as users have it
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+        "1"  # half the time of compilation, and that is the time of the tests
+    )
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have one way to make code of fusions
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older way, quicker to compile too
 
 import jax
 import pytest
@@ -23,13 +26,15 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compiler():
-    """Half the time of compilation: for tests that run nothing long."""
+@pytest.fixture
+def full_compiler():
+    """For a test that runs something long."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # programs of the two compilers differ in the last bit
 
 
 @pytest.fixture(scope="module")

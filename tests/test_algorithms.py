@@ -30,7 +30,6 @@ ALGORITHMS = sorted(path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml
 CLASSIFIERS = {"protonet", "proto_maml"}
 NEEDS = {"cavia": "model.context=2", "maml_pp": "model=mlp_batch_norm"}
 REPTILE = {"reptile", "reptile_sgd"}
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(scope="module")

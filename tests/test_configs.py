@@ -227,7 +227,7 @@ def test_every_experiment_is_built(name):
         [(n, ()) for n in EXPERIMENTS] + [(n, ("algorithm=fomaml",)) for n in EXPERIMENTS if "omniglot" in n],
     ),
 )
-@pytest.mark.usefixtures("synthetic", "quick_compiler")
+@pytest.mark.usefixtures("synthetic")
 def test_every_experiment_runs(name, overrides):
     logged, metrics = two_steps(f"experiment={name}", *overrides)
     assert list(logged) == [1, 2]
@@ -243,14 +243,13 @@ def tfds_dir() -> str:
 
 
 @pytest.mark.parametrize("name", twins(WHOLE, [n for n in EXPERIMENTS if "omniglot" in n]))
-@pytest.mark.usefixtures("quick_compiler")
 def test_every_omniglot_experiment_runs_on_the_real_data(name, tmp_path):
     logged, _ = two_steps(f"experiment={name}", f"task.data_dir={tfds_dir()}", f"+task.cache_dir={tmp_path}")
     assert list(logged) == [1, 2]
 
 
 @pytest.mark.parametrize("name", twins(("mlp_batch_norm",), [n for n in NAMES["model"] if n != "transformer"]))
-@pytest.mark.usefixtures("synthetic", "quick_compiler")
+@pytest.mark.usefixtures("synthetic")
 def test_every_model_of_images_runs_inductively(name):
     two_steps(f"model={name}", "task=omniglot", "evaluation=strict", "evaluation.queries=1", "evaluation.steps=1")
 

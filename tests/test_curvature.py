@@ -42,8 +42,6 @@ from maml.objectives import query_loss
 from maml.types import Task
 from tests.helpers import Quadratic, gradient_descent, quadratic_loss, quadratics, random_like, twins
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEY = jax.random.key(0)
 
 

@@ -18,7 +18,7 @@ from maml.random import keys_for
 from maml.types import as_argument
 from tests.programs import SMALL, config, main, restored, rows, summary
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 ON = (
     *("diagnostics.curvature.every=2", "diagnostics.curvature.tasks=3", "diagnostics.curvature.lanczos=30"),

@@ -14,7 +14,7 @@ from maml.tasks.splits import read_split
 from maml.types import as_argument
 from tests.programs import SMALL, config, main, metrics_bytes, restored, rows, summary
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 ON = ("diagnostics.per_example.every=2", "diagnostics.per_example.tasks=3", "diagnostics.per_example.outliers=4")
 

@@ -62,8 +62,9 @@ def test_fewer_steps_can_be_measured_and_the_numbers_stay(norm):
     parts = params, sinusoid(shots=5, queries=5), mse(apply), unroll(optax.sgd(0.1), 3), protocol
     every, some = evaluate(*parts), evaluate(*parts, after=(3, 0))
     assert list(some) == ["step_0/loss", "step_3/loss"]
-    assert some == {name: every[name] for name in some}
-    assert every["step_0/loss"] != every["step_3/loss"]
+    for name, value in some.items():
+        assert value == pytest.approx(every[name], rel=1e-5)
+    assert some["step_3/loss"].mean != pytest.approx(some["step_0/loss"].mean, rel=1e-2)
 
 
 @pytest.mark.parametrize("after", [[], [4], [-1], [True], [1.0], 3, "last"])

@@ -22,7 +22,7 @@ from maml.objectives import query_loss
 from maml.types import Task
 from tests.programs import SMALL, main
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 KEY = jax.random.key(0)
 

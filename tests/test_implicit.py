@@ -15,7 +15,7 @@ from maml.types import Task, initial
 from tests.helpers import Quadratic, central_difference, dot, quadratic_loss, quadratics, random_like
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def closed(tasks, theta, strength):

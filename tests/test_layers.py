@@ -12,8 +12,6 @@ from maml.models import MLP, Conv4, activations, blocks, functional, quantize
 from maml.quantization import kernel_quantizer
 from maml.types import Conditioned
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
 
 

@@ -31,7 +31,6 @@ from maml.types import MetaParams, Task, initial, roles
 from tests.helpers import Quadratic, central_difference, closed_form, dot, quadratic_loss, quadratics, random_like
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def mean_gradient(objective, meta_params, tasks):

@@ -13,8 +13,6 @@ from maml.losses import cross_entropy, mse, partitioned, semi_gradient, td0
 from maml.types import Transitions
 from tests.helpers import central_difference, dot, random_like
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEY = jax.random.key(0)
 
 

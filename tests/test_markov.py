@@ -14,8 +14,6 @@ from maml.objectives import query_loss
 from maml.tasks import expected_entropy, markov
 from tests.helpers import central_difference, random_like
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEY = jax.random.key(0)
 
 

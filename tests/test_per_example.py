@@ -33,8 +33,6 @@ from maml.per_example import (
 from maml.types import Task, Transitions
 from tests.helpers import Quadratic, closed_form, gradient_descent, quadratic_loss, quadratics
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEY = jax.random.key(0)
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
 

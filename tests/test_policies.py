@@ -24,7 +24,7 @@ from maml.tasks import navigation, point_mass
 from maml.types import Task
 from tests.programs import config
 
-pytestmark = pytest.mark.usefixtures("quick_compiler", "compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 REWARDS = np.array([[1.0, -2.0], [0.5, 3.0]])
 """Of the second of two actions, by both; the first has half of the reward that its own column has in the first row."""

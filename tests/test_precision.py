@@ -59,6 +59,7 @@ def test_the_adapted_parameters_move_by_less_than_bfloat16_can_tell():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_compiler")
 def test_a_thousand_meta_steps_of_a_convolutional_network_stay_finite_and_learn():
     norm = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
     apply, params = functional(Conv4((16, 16, 1), 3, filters=4, norm=norm, rngs=nnx.Rngs(0)))

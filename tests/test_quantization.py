@@ -16,8 +16,6 @@ from maml.objectives import query_loss
 from maml.types import Task
 from tests.helpers import central_difference, random_like, twins
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEY = jax.random.key(0)
 QUARTER = q.uniform(4, scale=0.25)  # sixteen points, -2 to 1.75
 

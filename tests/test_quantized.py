@@ -21,7 +21,7 @@ from maml.types import Task, leaf_name
 from tests.helpers import central_difference, dot
 from tests.programs import SMALL, config, main, restored, rows, summary
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 KEY = jax.random.key(0)
 KERNEL, INPUT = q.uniform(4, axis=-1), q.uniform(8, symmetric=False, axis=0)

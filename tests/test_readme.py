@@ -23,6 +23,7 @@ TEXT = (ROOT / "README.md").read_text()
 TEXTS = [TEXT, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
+@pytest.mark.usefixtures("full_compiler")
 def test_the_example_runs_and_learns(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len([line for line in example.splitlines() if line and not line.startswith(("import", "from"))]) <= 20

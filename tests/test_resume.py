@@ -59,7 +59,7 @@ def go(directory: Path, *overrides: str) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The uninterrupted run, in programs of its own: those that `quick_compiler` left in memory differ in the last bit."""
+    """The uninterrupted run, in programs of its own: those that other tests left in memory may differ in the last bit."""
     jax.clear_caches()
     directory = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ from maml.random import keys_for
 from maml.types import Transitions
 from tests.programs import SMALL, config, main, restored, summary
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 ON = (*SMALL, "algorithm.step_size=0.05", "model.kernel_init.stddev=0.5")
 

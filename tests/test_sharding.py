@@ -23,7 +23,7 @@ from maml.tasks import sinusoid
 from maml.types import initial
 from tests.programs import ROOT, SMALL, config, summary
 
-pytestmark = pytest.mark.usefixtures("compiled_once", "quick_compiler")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SCRIPT = """
 import json, sys

@@ -7,8 +7,6 @@ import pytest
 
 from maml import similarity
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 cka, cca = jax.jit(similarity.cka), jax.jit(similarity.cca, static_argnums=2)
 
 

@@ -14,8 +14,6 @@ from maml.tasks import boyan_chain, value_prediction
 from maml.tasks.value_prediction import Process, exact_values, visits
 from tests.programs import main, summary
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEYS = jax.random.split(jax.random.key(0), 40)
 
 
