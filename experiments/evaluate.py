@@ -14,6 +14,7 @@ validation tasks, as MAML++ does; trainer.validate_every=trainer.checkpoint_ever
 protocol.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,12 +103,16 @@ def _steps(which: str, directory: Path, checkpoints: Checkpoints) -> list[int]:
 
 
 def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
-    """Of the checkpoints that were validated those of the highest accuracy, or lowest loss, after the last inner step."""
+    """Of the checkpoints that were validated those of the highest accuracy, or lowest loss, after the last step all have."""
     kept = set(checkpoints.steps())
     rows = [row for row in records(directory) if row["step"] in kept]
-    names = sorted({n for row in rows for n in row if n.startswith("meta_valid/step_")}, key=_number)
+    validated = [row for row in rows if any(n.startswith("meta_valid/step_") for n in row)]
+    shared = (
+        set.intersection(*map(set, validated)) if validated else set()
+    )  # evaluation.after may have changed on the way
+    names = sorted((n for n in shared if n.startswith("meta_valid/step_")), key=_number)
     name = next((n for kind in ("accuracy", "loss") for n in reversed(names) if n.endswith(f"/{kind}")), "none")
-    scores = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+    scores = {row["step"]: row[name] for row in validated if row.get(name) is not None}
     if len(scores) < count or not count:
         raise ValueError(
             f"checkpoints=best{count}: {len(scores)} checkpoints in {directory} were kept and validated; run with "
@@ -146,8 +151,20 @@ def written(directory: Path, overrides: Sequence[str]) -> str:
     (directory / "evaluations").mkdir(exist_ok=True)
     newest = summary["step"] == max(Checkpoints(directory / "checkpoints").steps()) or "ensemble" in summary["protocol"]
     name = summary["protocol_hash"] + ("" if newest else f"-{summary['step']}")
-    results.save(directory / "evaluations" / f"{name}.json", summary)
+    path = directory / "evaluations" / f"{name}.json"
+    results.save(path, summary | {"metrics": _with_those_of(path, summary)})
     return results.table(summary)
+
+
+def _with_those_of(path: Path, summary: dict) -> dict:
+    """The metrics, with what an earlier evaluation of the same parameters measured after other inner steps (evaluation.after)."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return summary["metrics"]
+    same = before.get("params_sha256") == summary["params_sha256"]
+    metrics = (before["metrics"] if same else {}) | summary["metrics"]
+    return {name: metrics[name] for name in sorted(metrics, key=lambda name: (name.split("/")[-1], _number(name)))}
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 import errno
 import hashlib
 import logging
+import re
 import shutil
+import tempfile
+import weakref
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -171,7 +174,12 @@ class Checkpoints:
         if self._manager is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, enable_async_checkpointing=False)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            directory = self.directory
+            if re.search(r"[\[*?]", str(directory)):  # Orbax takes it for a pattern, and saves what it cannot read
+                directory = Path(tempfile.mkdtemp(prefix="maml-")) / "checkpoints"
+                directory.symlink_to(self.directory, target_is_directory=True)
+                weakref.finalize(self, shutil.rmtree, directory.parent, ignore_errors=True)
+            self._manager = ocp.CheckpointManager(directory, options=options)
         return self._manager
 
 

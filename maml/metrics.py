@@ -28,5 +28,6 @@ def interval(values) -> Interval:
     n = values.size
     if n == 1:
         return Interval(float(values[0]), None, 1)
-    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
-    return Interval(float(values.mean()), float(half), n)
+    with np.errstate(invalid="ignore"):  # of infinite values the interval is no number
+        half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+        return Interval(float(values.mean()), float(half), n)

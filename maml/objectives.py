@@ -1,13 +1,27 @@
 """What is asked of the result of an inner loop: the outer problem, for one task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from maml.types import Adapt, Adapted, Batch, Conditioned, Joint, Loss, MetaParams, Metrics, Objective, Params, whole
+from maml.types import (
+    Adapt,
+    Adapted,
+    Batch,
+    Conditioned,
+    Joint,
+    Loss,
+    MetaParams,
+    Objective,
+    Params,
+    last_alone,
+    numbers,
+    whole,
+)
 
 NORMS = ("batch", "support", "joint")
 
@@ -47,13 +61,19 @@ def multi_step_loss(
     The metrics are those of `query_loss`, after the last step.
 
     Raises:
-      ValueError: when traced, for other than one weight for each inner step.
+      ValueError: when traced, for other than one weight for each inner step, and an inner loop whose earlier steps have no
+        derivative (`implicit`).
     """
     check_norm(norm)
 
     def objective(meta_params, task, key, step):
         key_adapt, key_query = jax.random.split(key)
         adapted = adapt(loss, meta_params, task.support, key_adapt)
+        if last_alone(adapt):
+            raise ValueError(
+                "multi_step_loss: of an implicit inner loop only the parameters after the last step have a derivative; take "
+                "query_loss"
+            )
         after = jax.tree.map(lambda x: x[1:], adapted.trace.params)
         of_steps = weights(step)
         if of_steps.shape != (steps := len(jax.tree.leaves(after)[0]),):
@@ -141,7 +161,7 @@ def parameter_distance(loss: Loss, adapt: Adapt, norm: str = "batch", last: int 
         if jax.tree.map(jnp.shape, end) != jax.tree.map(jnp.shape, meta_params):
             raise ValueError(
                 "parameter_distance: this inner loop has parameters of its own, which no distance moves (learned step sizes, "
-                "low_rank, per_step); use query_loss, or inner_loop.carried_state"
+                "low_rank, per_step); use query_loss, or inner_loop.carried_state with no loop around it"
             )
         if last is not None:
             end = _last_moved(meta_params, end, adapted.trace.params, last)
@@ -183,5 +203,5 @@ def _before(adapted: Adapted) -> dict[str, jax.Array]:
     return _prefix("support", {k: v[0] for k, v in adapted.trace.metrics.items() if v.shape[0]})
 
 
-def _prefix(name: str, metrics: Metrics) -> dict[str, jax.Array]:
-    return {f"{name}/{k}": v for k, v in metrics.items()}
+def _prefix(name: str, metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return {f"{name}/{k}": v for k, v in numbers(metrics).items()}

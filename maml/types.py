@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -176,6 +177,25 @@ def own(meta_params: Params) -> "MetaParams":
             "maml.types.initial(adapt, params, key)"
         )
     return meta_params
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The metrics of a loss as arrays.
+
+    Raises:
+      ValueError: for what is no number or array, naming it.
+    """
+    for name, value in metrics.items():
+        if not isinstance(value, jax.Array | np.ndarray | np.number | bool | int | float):
+            raise ValueError(
+                f"metric {name!r} is of type {type(value).__name__}: metrics of a loss are numbers by name; take it apart"
+            )
+    return {name: jnp.asarray(value) for name, value in metrics.items()}
+
+
+def last_alone(adapt: Adapt) -> bool:
+    """Whether of an inner loop's trace only the last parameters have a derivative: `implicit`, and loops around one."""
+    return getattr(adapt, "last_alone", False)
 
 
 def roles(meta_params: Params) -> Params:

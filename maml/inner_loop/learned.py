@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from maml.inner_loop.unrolled import unroll
-from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params, own
+from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params, last_alone, own
+from maml.types import initial as initial_of
 
 PER = ("loop", "tensor", "parameter")
 
@@ -19,7 +20,8 @@ def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) ->
     """The inner loop make(inner), where `inner` is moved by the outer optimizer: step sizes, a decay, a discount, ...
 
     `make` may hand `inner` to any optax alias: `learned(lambda h: unroll(optax.sgd(h["step_size"], h["momentum"]), 5), ...)`. The
-    meta-parameters are `MetaParams(params, inner)`; `init(params, key)` gives `inner` at the start.
+    meta-parameters are `MetaParams(params, inner)`; `init(params, key)` gives `inner` at the start. Where the loop has parameters
+    of its own (`low_rank`), `params` are its MetaParams.
 
     Raises:
       ValueError: when traced, for meta-parameters without `inner`.
@@ -27,9 +29,15 @@ def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) ->
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
         model, inner = own(params)
-        return make(inner)(loss, model, support, key)
+        loop = make(inner)
+        adapt.last_alone = last_alone(loop)
+        return loop(loss, model, support, key)
 
-    adapt.init = lambda params, key: MetaParams(params, init(params, key))
+    def init_both(params, key):
+        inner = init(params, key)
+        return MetaParams(initial_of(make(inner), params, jax.random.fold_in(key, 1)), inner)
+
+    adapt.init = init_both
     return adapt
 
 

@@ -48,7 +48,9 @@ def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0)
             raise ValueError(f"where={where!r} finds no matrix; the paths are {', '.join(leaves)}")
         factors = {name: _factors(x, rank, jax.random.fold_in(key, i)) for i, (name, x) in enumerate(chosen.items())}
         if isinstance(initial(adapt, factors, key), MetaParams):
-            raise ValueError("low_rank: put a learned inner loop outside: learned(lambda inner: low_rank(...), ...)")
+            raise ValueError(
+                "low_rank: put a learned inner loop outside: learned(lambda inner: low_rank(rank, unroll(...)), init)"
+            )
         return MetaParams(params, factors)
 
     adapt_factors.init = init

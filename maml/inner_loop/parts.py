@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from maml.random import key_for
-from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded, whole
+from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, last_alone, padded, whole
 
 
 def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
@@ -59,6 +59,7 @@ def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
         return join(first_row(adapt)(moving))
 
     partial_adapt.init, partial_adapt.first_row = init, seen_first
+    partial_adapt.last_alone, partial_adapt.moves_part = last_alone(adapt), True
     return partial_adapt
 
 
@@ -113,6 +114,7 @@ def started(start: Callable[[Loss, Params, Any], Params], adapt: Adapt) -> Adapt
         return adapt(loss, params, support, key)
 
     adapt_from.init, adapt_from.first_row = lambda params, key: initial(adapt, params, key), first_row(adapt)
+    adapt_from.last_alone = last_alone(adapt)
     return adapt_from
 
 
@@ -120,7 +122,14 @@ def from_zero(adapt: Adapt) -> Adapt:
     """Start every task at zero, inside of `only`: context parameters in CAVIA (Zintgraf et al. 2019, arXiv 1810.03642, Eq. 2).
 
     What starts at zero is not meta-learned: its meta-gradient is zero.
+
+    Raises:
+      ValueError: around `only`, where all of the model would start at zero.
     """
+    if getattr(adapt, "moves_part", False):
+        raise ValueError(
+            "from_zero: around only(...) the whole model would start at zero; give only(..., from_zero(...))"
+        )
     return started(lambda loss, params, support: jax.tree.map(jnp.zeros_like, params), adapt)  # noqa: ARG005
 
 

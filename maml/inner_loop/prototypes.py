@@ -66,10 +66,15 @@ def _prototypes(loss: Loss, params: Params, support: Any, kind: str, head: str) 
     """kernel [features, ways] and bias [ways] of the head."""
     features: Callable | None = getattr(loss, "features", None)
     parts = {_part(path, head): x for path, x in jax.tree.leaves_with_path(params)}
-    if features is None or not {"kernel", "bias"} <= set(parts) or parts["kernel"].ndim != 2:
+    if features is None:
         raise ValueError(
-            f"with_prototypes: needs a model with a method `features` and a linear layer {head!r} with kernel and bias; this "
-            f"one has {'no' if features is None else 'the'} method, and of {head!r} {sorted(filter(None, parts)) or 'nothing'}"
+            "with_prototypes: the loss has no `features`: those of this library take them from a model with a method `features`; "
+            "of a loss of your own set loss.features = apply.features"
+        )
+    if not {"kernel", "bias"} <= set(parts) or parts["kernel"].ndim != 2:
+        raise ValueError(
+            f"with_prototypes: needs a linear layer {head!r} with kernel and bias; this model has of {head!r} "
+            f"{sorted(filter(None, parts)) or 'nothing'}"
         )
     inputs, labels, *weights = support
     if not jnp.issubdtype(labels.dtype, jnp.integer):

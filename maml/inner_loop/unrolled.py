@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from maml.derivatives import Derivative, Truncated, equations, in_bfloat16, pieces, reverse
-from maml.types import Adapt, Adapted, Indexed, Loss, Params, Trace, whole
+from maml.types import Adapt, Adapted, Indexed, Loss, Params, Trace, numbers, whole
 
 _GRADIENT = "inner_gradient"
 """The name under which rematerialisation finds what it keeps."""
@@ -71,15 +71,15 @@ def unroll(
                 grads = checkpoint_name(grads, _GRADIENT)
                 updates, state = _update(optimizer, grads, state, params)
                 params = optax.apply_updates(params, updates)
-                return (params, state), Trace(params, metrics)
+                return (params, state), Trace(params, numbers(metrics))
 
             return step
 
         carry, traces, done = (params, optimizer.init(params)), [], 0
-        keys, numbers = jax.random.split(key, steps), jnp.arange(steps)
+        keys, counted = jax.random.split(key, steps), jnp.arange(steps)
         for count, of in pieces(derivative, steps):
             here = slice(done, done + count)
-            each = (keys[here], numbers[here]) if indexed else keys[here]
+            each = (keys[here], counted[here]) if indexed else keys[here]
             carry, trace = _repeat(run(of), carry, each, count, remat)
             traces, done = [*traces, trace], done + count
         trace = _joined(traces)

@@ -1,7 +1,7 @@
 """From a Flax NNX module to a pure function and its parameters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,8 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
 def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any, *, once: bool = False) -> Any:
     """call(model, inputs), whose batch norm takes only the present ones of `Padded` inputs.
 
-    once: a batch norm that is called twice is refused, for what it keeps are the statistics of its last call.
+    once: every batch norm keeps the statistics of its inputs, with their derivatives (what Flax keeps has none); one that is
+    called twice is refused, for it would keep those of its last call.
     """
     if not (once or isinstance(inputs, Padded)):
         return call(model, inputs)
@@ -102,7 +103,10 @@ def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any,
         seen.extend(own.args if once else ())
         if isinstance(inputs, Padded):
             kwargs["mask"] = inputs.present.reshape(-1, *[1] * (x.ndim - 1))
-        return own(x, *args, **kwargs)
+        output = own(x, *args, **kwargs)
+        if once:
+            _keep_statistics(own.args[0], x, kwargs.get("mask"))
+        return output
 
     norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]
     for norm in norms:
@@ -111,6 +115,16 @@ def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any,
     for norm in norms:
         unhook(norm)
     return result
+
+
+def _keep_statistics(norm: nnx.BatchNorm, x: jax.Array, mask: jax.Array | None) -> None:
+    """Mean and variance over all axes but the features', in float32 or wider, as Flax computes them."""
+    features = {axis % x.ndim for axis in (norm.axis if isinstance(norm.axis, Sequence) else (norm.axis,))}
+    axes = tuple(axis for axis in range(x.ndim) if axis not in features)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = x.mean(axes, keepdims=True, where=mask)
+    norm.mean[...] = mean.squeeze(axes)
+    norm.var[...] = jnp.square(x - mean).mean(axes, where=mask)
 
 
 def hook(module: nnx.Module, around: Callable) -> None:
