@@ -39,6 +39,17 @@ def test_the_round_trip_is_exact_in_bits_and_structure(tmp_path):
     assert Checkpoints(tmp_path).config() == {"a": {"b": [1, None, "c"]}}
 
 
+@pytest.mark.parametrize("name", ["hidden=[8],steps=3", "a*b?", "[!x]"])
+def test_a_directory_may_have_a_name_that_is_a_pattern(tmp_path, name):
+    """A sweep over lists makes them."""
+    directory = tmp_path / name / "checkpoints"
+    for step in (1, 2, 3):
+        Checkpoints(directory, keep=2).save(step, tree(step), {"at": step})
+    found = Checkpoints(directory)
+    assert (found.steps(), found.config()) == ([2, 3], {"at": 3})
+    assert same(found.restore(tree())[1], tree(3))
+
+
 def test_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 10):

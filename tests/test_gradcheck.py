@@ -283,6 +283,7 @@ def test_the_program_passes_maml(tmp_path):
     "overrides",
     [
         "algorithm=meta_sgd",
+        "model=mlp_batch_norm algorithm.step_size=0.1 algorithm.objective.norm=support",
         *(
             pytest.param(x, marks=pytest.mark.slow)
             for x in (

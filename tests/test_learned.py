@@ -277,6 +277,19 @@ def test_factors_move_alone_keep_their_rank_and_have_the_right_meta_gradient():
     check_gradient(query_loss(mse(apply), adapt), meta, task)
 
 
+@pytest.mark.usefixtures("x64")
+def test_factors_inside_of_learned_step_sizes():
+    apply, params = network(hidden=(5, 4))
+    adapt = learned(lambda size: low_rank(1, unroll(optax.sgd(size), 2)), lambda *_: jnp.asarray(0.1))
+    meta = initial(adapt, params, KEY)
+    fixed = low_rank(1, unroll(optax.sgd(0.1), 2))
+    found = adapt(mse(apply), meta, regression().support, KEY).params
+    expected = fixed(mse(apply), meta.params, regression().support, KEY).params
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    grads = check_gradient(query_loss(mse(apply), adapt), meta, regression())
+    assert float(grads.inner) != 0
+
+
 def test_factors_refuse_ranks_patterns_and_plain_parameters():
     with pytest.raises(ValueError, match="takes MetaParams, and got dict"):
         low_rank(1, unroll(optax.sgd(0.1), 1))(mse(lambda p, x: x @ p["kernel"]), {"kernel": jnp.ones((2, 2))}, (), KEY)
@@ -355,6 +368,8 @@ def test_a_context_starts_at_zero_and_alone_moves():
     np.testing.assert_array_equal(adapted.params["layers"][0]["kernel"][...], params["layers"][0]["kernel"][...])
     grads = check_gradient(query_loss(mse(apply), adapt), params, regression())
     np.testing.assert_array_equal(grads["context"][...], 0)
+    with pytest.raises(ValueError, match="from_zero: around only.*the whole model would start at zero"):
+        from_zero(only(nnx.PathContains("context"), unroll(optax.sgd(0.5), 2)))
 
 
 def test_minibatches_go_through_the_support_set_once_before_any_example_comes_again():
@@ -595,7 +610,7 @@ def test_derivatives_go_through_the_prototypes(kind, steps):
 def test_prototypes_ask_for_features_and_a_head():
     adapt = with_prototypes(unroll(optax.sgd(0.1), 0))
     task = jax.tree.map(jnp.asarray, blobs())
-    with pytest.raises(ValueError, match="no method"):
+    with pytest.raises(ValueError, match="the loss has no `features`.*loss.features = apply.features"):
         adapt(
             cross_entropy(lambda p, x: x @ p["head"]["kernel"]),
             {"head": {"kernel": jnp.ones((2, 3))}},
@@ -605,7 +620,7 @@ def test_prototypes_ask_for_features_and_a_head():
     apply, params = functional(MLP((2,), 3, hidden=(4,), rngs=nnx.Rngs(0)))
     headless = jax.tree.map(lambda x: x, params)
     del headless["head"]["bias"]  # without it the classes are not at their distances
-    with pytest.raises(ValueError, match=r"with kernel and bias; this one has the method, and of 'head' \['kernel'\]"):
+    with pytest.raises(ValueError, match=r"with kernel and bias; this model has of 'head' \['kernel'\]"):
         adapt(cross_entropy(apply), headless, task.support, KEY)
     with pytest.raises(ValueError, match="prototypes: 'l1'"):
         with_prototypes(adapt, "l1")

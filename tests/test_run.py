@@ -384,6 +384,11 @@ def test_checkpoints_are_chosen_and_several_are_one_named_ensemble(classifier, t
     assert "[3] cannot be read; there are [2, 4]" in refusal(directory, "checkpoints=3")
     assert "give meta-steps with commas between, or best5; there are [2, 4]" in refusal(directory, "checkpoints=two")
     assert "2 checkpoints in" in refusal(directory, "checkpoints=best3")
+    # evaluation.after was another on the way: step 1 alone is in all rows
+    valid = [{"step": 2, "meta_valid/step_1/accuracy": 0.3, "meta_valid/step_2/accuracy": 0.9}]
+    valid += [{"step": 4, "meta_valid/step_1/accuracy": 0.4}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
+    assert evaluate_run(directory, ["checkpoints=best1"])["step"] == 4
 
 
 def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier):
@@ -431,6 +436,11 @@ def test_a_run_may_measure_fewer_inner_steps(done, tmp_path):
     again = evaluate_run(tmp_path, ["evaluation.after=[0,1]"])
     assert [value["mean"] for value in again["metrics"].values()] == pytest.approx(means[:2])
     assert not again["overrides"]  # no other configuration
+    for after, there in (("[0,1]", [0, 1]), ("[2]", [0, 1, 2]), ("[1]", [0, 1, 2])):
+        assert main(str(tmp_path), f"evaluation.after={after}", program=evaluate).code == 0
+        saved = json.loads((tmp_path / "evaluations" / f"{whole['protocol_hash']}.json").read_text())["metrics"]
+        assert list(saved) == [f"meta_test/step_{step}/loss" for step in there]
+        assert [value["mean"] for value in saved.values()] == pytest.approx([means[step] for step in there])
     with pytest.raises(ValueError, match=r"evaluation.after=3: give a list of inner steps, 0 to 2, or null for all"):
         evaluate_run(tmp_path, ["evaluation.after=3"])
 
