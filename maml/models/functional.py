@@ -117,11 +117,11 @@ def _on_present(call: Callable[[Any, Any], Any], model: nnx.Module, inputs: Any,
     return result
 
 
-def _keep_statistics(norm: nnx.BatchNorm, x: jax.Array, mask: jax.Array | None) -> None:
+def _keep_statistics(norm: nnx.BatchNorm, x: Any, mask: Any) -> None:
     """Mean and variance over all axes but the features', in float32 or wider, as Flax computes them."""
     features = {axis % x.ndim for axis in (norm.axis if isinstance(norm.axis, Sequence) else (norm.axis,))}
     axes = tuple(axis for axis in range(x.ndim) if axis not in features)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
     mean = x.mean(axes, keepdims=True, where=mask)
     norm.mean[...] = mean.squeeze(axes)
     norm.var[...] = jnp.square(x - mean).mean(axes, where=mask)
