@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments import pictures
@@ -45,6 +46,10 @@ def test_the_parts_of_the_page_on_own_parts_run_in_a_program(tmp_path, monkeypat
     )
     assert ended.code == 0, ended.err
     assert summary(tmp_path / "run")["config"]["task"]["_target_"] == "my_package.planes"
+    (code,) = re.findall(r"## A run in Python\n\n```\n(.*?)```", page.read_text(), re.DOTALL)
+    scope = {"jax": jax, "key": jax.random.key(0)}
+    exec(code.replace("outputs/DATE/TIME", str(tmp_path / "run")), scope)
+    assert scope["predictions"].shape == scope["task"].query[1].shape
 
 
 def test_the_autodiff_page_asserts_its_numbers():

@@ -7,13 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
+from maml.inner_loop import unroll
+from maml.losses import mse
 from maml.models import MLP, Conv4, functional
 from maml.models.conv import _max_pool
 from maml.models.functional import pure
-from maml.types import Conditioned, Joint
+from maml.objectives import query_loss
+from maml.types import Conditioned, Joint, Task
 from tests.helpers import central_difference, dot, random_like, twins
 
 offset = partial(nnx.BatchNorm, use_scale=False, epsilon=1e-3)
@@ -223,6 +227,30 @@ def test_what_is_no_nnx_module_is_refused():
     module: Any = linen.Dense(1)
     with pytest.raises(ValueError, match="Dense is no NNX module; a Linen module serves by its own apply"):
         inspect.unwrap(pure)(module, None)
+
+
+@pytest.mark.parametrize("cell", [nnx.GRUCell, nnx.LSTMCell])
+def test_a_recurrent_network_has_a_meta_gradient(cell):
+    """Its cells hold random state, for the start of the carry, which is zero."""
+
+    class Recurrent(nnx.Module):
+        def __init__(self, rngs):
+            self.rnn = nnx.RNN(cell(2, 3, param_dtype=jnp.float64, rngs=rngs), rngs=rngs)
+            self.head = nnx.Linear(3, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.rnn(x)[:, -1])
+
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        apply, params = functional(Recurrent(nnx.Rngs(0)))
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        x, y = jax.random.normal(jax.random.key(1), (4, 5, 2)), jnp.linspace(-1, 1, 4)[:, None]
+        np.testing.assert_array_equal(apply(params, x), apply(params, x))
+        objective, task = query_loss(mse(apply), unroll(optax.sgd(0.1), 2)), Task((x, y), (-x, y))
+        f = lambda p: objective(p, task, jax.random.key(0), 0)[0]  # noqa: E731
+        direction = random_like(2, params)
+        found = dot(jax.grad(f)(params), direction)
+        assert found == pytest.approx(central_difference(f, params, direction), rel=1e-6)
 
 
 def test_random_state_is_refused_since_apply_has_no_key():

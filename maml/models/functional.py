@@ -23,7 +23,8 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     is `apply.features(params, inputs)`: what its head sees.
 
     Raises:
-      ValueError: for what is no NNX module; for one that holds random state (dropout): `apply` has no key to draw from; `apply`
+      ValueError: for what is no NNX module; for one that holds random state (dropout; not a recurrent cell's, whose carry starts
+        at the same numbers in every call): `apply` has no key to draw from; `apply`
         itself where a model calls a batch norm twice, for `Conditioned` parameters (inside of `nnx.remat` and other
         transformations, which make a norm anew for each call, that is not seen).
     """
@@ -53,7 +54,12 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
         if hasattr(module, "use_fast_variance"):
             # E[x²] - E[x]² cancels in float32, and is clipped by a `max` whose derivative is not safe (models.conv._max_pool).
             module.use_fast_variance = False
-    graphdef, params, random, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    recurrent = [path for path, m in nnx.iter_graph(model) if isinstance(m, nnx.RNN | nnx.RNNCellBase)]
+
+    def drawn(path, _):  # what a recurrent cell keeps is for the start of its carry, zeros unless told otherwise
+        return not any(path[: len(at) + 1] == (*at, "rngs") for at in recurrent)
+
+    graphdef, params, random, rest = nnx.split(model, nnx.Param, nnx.All(nnx.RngState, drawn), ...)
     if jax.tree.leaves(random):
         raise ValueError(
             "the module holds random state (dropout?), and apply(params, inputs) has no key: build it without rngs for what is "
