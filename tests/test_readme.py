@@ -50,7 +50,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_compose(command):
     words = [expanded(w) for w in shlex.split(command)[3:] if not w.startswith("-") and w != "job"]
-    overrides = [w if "," not in w else w.split(",")[0] for w in words]
+    overrides = [w if "[" in w else w.split(",")[0] for w in words]  # the first of a sweep
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert compose("config", overrides=overrides).trainer.steps > 0
 
