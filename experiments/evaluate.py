@@ -107,10 +107,11 @@ def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
     kept = set(checkpoints.steps())
     rows = [row for row in records(directory) if row["step"] in kept]
     validated = [row for row in rows if any(n.startswith("meta_valid/step_") for n in row)]
-    shared = (
-        set.intersection(*map(set, validated)) if validated else set()
-    )  # evaluation.after may have changed on the way
-    names = sorted((n for n in shared if n.startswith("meta_valid/step_")), key=_number)
+    # In all rows: evaluation.after may have changed on the way.
+    shared = [
+        n for n in (validated or [{}])[0] if n.startswith("meta_valid/step_") and all(n in row for row in validated)
+    ]
+    names = sorted(shared, key=_number)
     name = next((n for kind in ("accuracy", "loss") for n in reversed(names) if n.endswith(f"/{kind}")), "none")
     scores = {row["step"]: row[name] for row in validated if row.get(name) is not None}
     if len(scores) < count or not count:
@@ -157,12 +158,12 @@ def written(directory: Path, overrides: Sequence[str]) -> str:
 
 
 def _with_those_of(path: Path, summary: dict) -> dict:
-    """The metrics, with what an earlier evaluation of the same parameters measured after other inner steps (evaluation.after)."""
+    """The metrics, with those that an evaluation of the same here has found after other inner steps (evaluation.after)."""
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
         return summary["metrics"]
-    same = before.get("params_sha256") == summary["params_sha256"]
+    same = all(before.get(name) == summary[name] for name in ("params_sha256", "versions", "device"))
     metrics = (before["metrics"] if same else {}) | summary["metrics"]
     return {name: metrics[name] for name in sorted(metrics, key=lambda name: (name.split("/")[-1], _number(name)))}
 

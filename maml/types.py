@@ -195,7 +195,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def last_alone(adapt: Adapt) -> bool:
     """Whether of an inner loop's trace only the last parameters have a derivative: `implicit`, and loops around one."""
-    return getattr(adapt, "last_alone", False)
+    return getattr(adapt, "last_alone", lambda: False)()
 
 
 def roles(meta_params: Params) -> Params:

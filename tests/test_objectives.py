@@ -7,8 +7,9 @@ import optax
 import pytest
 from flax import linen, nnx
 
+from maml.derivatives import mixed, truncated
 from maml.implicit import implicit
-from maml.inner_loop import learned, only, per_step, unroll
+from maml.inner_loop import learned, low_rank, only, per_step, unroll
 from maml.inner_loop.parts import started
 from maml.losses import cross_entropy, mse
 from maml.models import MLP, functional
@@ -98,6 +99,7 @@ def test_a_multi_step_loss_of_an_implicit_loop_is_refused():
     own = learned(lambda strength: implicit(search, strength), lambda *_: jnp.ones(()))
     loops = [implicit(search), only(nnx.PathContains("a"), implicit(search)), own]
     loops += [started(lambda loss, params, support: params, implicit(search))]  # noqa: ARG005
+    loops += [only(nnx.PathContains("a"), own), low_rank(1, implicit(search), "a")]
     for loop in loops:
         objective, start = multi_step_loss(loss, loop, lambda _: jnp.ones(2) / 2), initial(loop, params, KEY)
         with pytest.raises(ValueError, match="implicit inner loop only the parameters after the last step"):
@@ -108,15 +110,18 @@ def test_a_multi_step_loss_of_an_implicit_loop_is_refused():
 def test_metrics_are_numbers_by_name():
     loss, w = mse(lambda w, x: w * x), jnp.array([[0.5]])
 
-    def and_own(own):
+    def and_own(own, **how):
         def with_own(params, batch, key):
             value, metrics = loss(params, batch, key)
             return value, metrics | {"own": own}
 
-        return query_loss(with_own, unroll(optax.sgd(0.1), 1))
+        return query_loss(with_own, unroll(optax.sgd(0.1), 2, **how))
 
     _, metrics = and_own(7)(w, line_task(), KEY, 0)
     assert metrics["query/own"] == metrics["support/own"] == 7
+    for how in ({"derivative": mixed}, {"remat": 1}, {"derivative": truncated(1)}):
+        _, metrics = and_own(0.5, **how)(w, line_task(), KEY, 0)
+        assert metrics["query/own"] == metrics["support/own"] == 0.5
     for wrong, name in ((None, "NoneType"), ({"a": 1.0}, "dict"), ("x", "str")):
         with pytest.raises(ValueError, match=f"metric 'own' is of type {name}: metrics of a loss are numbers by name"):
             and_own(wrong)(w, line_task(), KEY, 0)

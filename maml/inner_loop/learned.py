@@ -30,7 +30,7 @@ def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) ->
     def adapt(loss: Loss, params, support, key) -> Adapted:
         model, inner = own(params)
         loop = make(inner)
-        adapt.last_alone = last_alone(loop)
+        adapt.last_alone = lambda: last_alone(loop)  # of any `inner`
         return loop(loss, model, support, key)
 
     def init_both(params, key):

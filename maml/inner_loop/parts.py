@@ -59,7 +59,7 @@ def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
         return join(first_row(adapt)(moving))
 
     partial_adapt.init, partial_adapt.first_row = init, seen_first
-    partial_adapt.last_alone, partial_adapt.moves_part = last_alone(adapt), True
+    partial_adapt.last_alone, partial_adapt.moves_part = lambda: last_alone(adapt), True
     return partial_adapt
 
 
@@ -114,7 +114,7 @@ def started(start: Callable[[Loss, Params, Any], Params], adapt: Adapt) -> Adapt
         return adapt(loss, params, support, key)
 
     adapt_from.init, adapt_from.first_row = lambda params, key: initial(adapt, params, key), first_row(adapt)
-    adapt_from.last_alone = last_alone(adapt)
+    adapt_from.last_alone = lambda: last_alone(adapt)
     return adapt_from
 
 
