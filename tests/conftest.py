@@ -6,9 +6,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "XLA_FLAGS" not in os.environ:  # XLA_FLAGS= pytest: everything compiled as users have it
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-        "1"  # half the time of compilation, and that is the time of the tests
-    )
+    # Half the time of compilation, and that is the time of the tests.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have one way to make code of fusions
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # the older way, quicker to compile too
 

@@ -37,14 +37,6 @@ def normal(seed: int, *shape: int, dtype=np.float64):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@pytest.fixture
-def quick():
-    """Half the time of compiling: in float64, where no rounding matters."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- values ---
 
 
@@ -128,7 +120,7 @@ def surrogate(name: str, x):
     return jnp.clip(x, *bounds), ((x >= bounds[0]) & (x <= bounds[1])).astype(x.dtype)
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", GRIDS)
 def test_derivatives_are_those_of_the_frozen_residual_program(name):
     """L(q) = (w·q)³/6 + Σq⁴/24 has gradient (w·q)²/2 w + q³/6 and Hessian (w·q) w wᵀ + diag(q²/2)."""
@@ -155,7 +147,7 @@ def test_derivatives_are_those_of_the_frozen_residual_program(name):
         np.testing.assert_allclose(found.reshape(12, 12), found.reshape(12, 12).T, atol=1e-12)
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 def test_the_minimal_case():
     """L(q) = (q³ - 1)²/2 at w = 0.7, q = 0.75, worked by hand; custom rules that call the bare quantizer have 0 here."""
 
@@ -177,7 +169,7 @@ def parabola(params, batch, key):
     return value, {"loss": value}
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("derivative", [reverse, mixed, first_order])
 def test_two_inner_steps_by_hand(derivative):
     adapt, theta = unroll(optax.sgd(0.1), 2, derivative), jnp.float64(0.7)
@@ -197,7 +189,7 @@ def test_two_inner_steps_by_hand(derivative):
         assert jax.jit(jax.jacfwd(outer))(theta) == pytest.approx(-1.7, abs=1e-12)
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["symmetric", "clip"])
 def test_the_meta_gradient_is_the_central_difference_of_the_frozen_program(name):
     """Three inner steps of a tanh network with quantized kernels; the real program's central differences are useless."""
@@ -249,7 +241,7 @@ def test_the_meta_gradient_is_the_central_difference_of_the_frozen_program(name)
 W = [0.7, -0.3, 2.5, -3.0]
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 def test_lsq_by_hand():
     """s = 0.25, four bits: arXiv 1902.08153, Eq. 1 to 3."""
     w, s = jnp.array(W), jnp.float64(0.25)
@@ -269,7 +261,7 @@ def test_lsq_by_hand():
         np.testing.assert_allclose(jax.jit(mode(jax.grad(loss)))(together), jacobian.T @ jacobian, atol=1e-12)
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 def test_lsq_at_the_ends_of_its_range_and_unsigned():
     ends = jnp.array([1.75, -2.0])
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda w: q.lsq(w, 0.25, 4).sum()))(ends), 0)
@@ -279,7 +271,7 @@ def test_lsq_at_the_ends_of_its_range_and_unsigned():
     np.testing.assert_array_equal(q.lsq(jnp.array(W), 0.25, 4), QUARTER(jnp.array(W)))
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("parametrization", ["softplus", "log"])
 def test_a_learned_step_starts_as_in_the_paper_and_stays_positive(parametrization):
     quantizer, w = q.learned(4, parametrization=parametrization), jnp.array(W)
@@ -296,7 +288,7 @@ def valley(s, batch, key):
     return value, {"loss": value}
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("signed", "parametrization"),
     twins([(True, "softplus"), (False, "log")], itertools.product((True, False), ("softplus", "log"))),
@@ -330,7 +322,7 @@ def test_second_derivatives_of_a_learned_step_by_hand(signed, parametrization):
         np.testing.assert_allclose(each, hessian, atol=1e-8)
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 def test_second_derivatives_of_stochastic_rounding_are_those_at_what_was_drawn():
     quantizer, x, w, key = q.uniform(4, scale=0.25, stochastic=True), normal(23, 12), normal(24, 12), jax.random.key(3)
 
@@ -344,7 +336,7 @@ def test_second_derivatives_of_stochastic_rounding_are_those_at_what_was_drawn()
     np.testing.assert_allclose(dense, (w @ y) * np.outer(w, w) + np.diag(y**2 / 2), atol=1e-8)
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 def test_a_gradient_scale_belongs_to_the_optimizer():
     """One inner step from 1.3: in the graph g = 0.1 enters the meta-gradient twice, in the optimizer once."""
     g, s = 0.1, jnp.float64(1.3)
@@ -373,7 +365,7 @@ def bowl(params, batch, key):
     return value, {"loss": value}
 
 
-@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.usefixtures("x64")
 def test_stored_parameters_are_on_the_grid_after_every_step_and_pass_derivatives_through():
     params = {"kernel": normal(10, 3, 2), "bias": normal(11, 2)}
     optimizer = optax.chain(optax.sgd(0.3), q.on_grid(QUARTER))

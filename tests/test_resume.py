@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -59,8 +58,7 @@ def go(directory: Path, *overrides: str) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The uninterrupted run, in programs of its own: those that other tests left in memory may differ in the last bit."""
-    jax.clear_caches()
+    """The uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw", lambda *_: {})
