@@ -252,13 +252,10 @@ def evaluation(
     except ValueError as error:
         raise ValueError(f"evaluation, algorithm {cfg.algorithm.name} and model {_model(cfg)}: {error}") from error
     chunk, loss = train.chunk_size("auto", protocol.tasks, params), learner.loss
-    after = cfg.evaluation.get("after")
     if ensemble is not None:
         adapt = ensemble_adapt(adapt, loss)
         loss = _make("task", instantiate(cfg.task.loss), ensemble_apply(learner.apply))
-    return protocol, evaluator(
-        sampler, loss, adapt, protocol, chunk, list(after) if isinstance(after, ListConfig) else after
-    )
+    return protocol, evaluator(sampler, loss, adapt, protocol, chunk, cfg.evaluation.get("after"))
 
 
 _WHOLE = {

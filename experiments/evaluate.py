@@ -116,8 +116,9 @@ def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
     scores = {row["step"]: row[name] for row in validated if row.get(name) is not None}
     if len(scores) < count or not count:
         raise ValueError(
-            f"checkpoints=best{count}: {len(scores)} checkpoints in {directory} were kept and validated; run with "
-            "trainer.validate_every and trainer.checkpoint_every equal, and more trainer.keep_checkpoints"
+            f"checkpoints=best{count}: {len(scores)} checkpoints in {directory} were kept and validated, after "
+            "the same inner step; run with trainer.validate_every and trainer.checkpoint_every equal, and more "
+            "trainer.keep_checkpoints"
         )
     best = sorted(scores, key=scores.__getitem__, reverse=name.endswith("accuracy"))
     return sorted(best[:count])
@@ -165,7 +166,7 @@ def _with_those_of(path: Path, summary: dict) -> dict:
         return summary["metrics"]
     same = all(before.get(name) == summary[name] for name in ("params_sha256", "versions", "device"))
     metrics = (before["metrics"] if same else {}) | summary["metrics"]
-    return {name: metrics[name] for name in sorted(metrics, key=lambda name: (name.split("/")[-1], _number(name)))}
+    return {name: metrics[name] for name in sorted(metrics, key=lambda name: (name.split("/", 2)[2], _number(name)))}
 
 
 def main() -> None:

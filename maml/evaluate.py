@@ -17,7 +17,20 @@ from maml.inner_loop import check_kind
 from maml.metrics import Interval, interval
 from maml.objectives import check_norm, with_norm
 from maml.random import keys_for
-from maml.types import Adapt, Adapted, Apply, Conditioned, Joint, Loss, Params, Sampler, Trace, as_argument, whole
+from maml.types import (
+    Adapt,
+    Adapted,
+    Apply,
+    Conditioned,
+    Joint,
+    Loss,
+    Params,
+    Sampler,
+    Trace,
+    as_argument,
+    numbers,
+    whole,
+)
 
 Evaluator = Callable[[Params], dict[str, Interval]]
 
@@ -83,13 +96,7 @@ class Protocol:
 
 
 def evaluate(
-    params: Params,
-    sampler: Sampler,
-    loss: Loss,
-    adapt: Adapt,
-    protocol: Protocol,
-    chunk: int = 1,
-    after: Any = None,
+    params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1, after: Any = None
 ) -> dict[str, Interval]:
     """Mean and 95 % interval over tasks of each query metric after each inner step: `step_0/loss`, `step_1/loss`, ...
 
@@ -107,12 +114,7 @@ def evaluate(
 
 
 def evaluator(
-    sampler: Sampler,
-    loss: Loss,
-    adapt: Adapt,
-    protocol: Protocol,
-    chunk: int = 1,
-    after: Any = None,
+    sampler: Sampler, loss: Loss, adapt: Adapt, protocol: Protocol, chunk: int = 1, after: Any = None
 ) -> Evaluator:
     """`evaluate` as a function of the parameters, compiled once: for validation during training."""
     if not whole(chunk, 1):
@@ -209,4 +211,4 @@ def _curve(params: Params, sampler: Sampler, loss: Loss, adapt: Adapt, protocol:
     path = adapted.trace.params
     if len(steps) <= protocol.steps:
         path = jax.tree.map(lambda x: x[np.array(steps)], path)
-    return lax.map(lambda p: loss(with_norm(p, task.support, protocol.norm), task.query, key_query)[1], path)
+    return lax.map(lambda p: numbers(loss(with_norm(p, task.support, protocol.norm), task.query, key_query)[1]), path)

@@ -81,7 +81,6 @@ def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int 
         path = jax.tree.map(lambda x, last: jnp.concatenate([x[:-1], last[None]]), path, optimum)
         return Adapted(optimum, Trace(path, dict(metrics) | {"stationarity": jnp.full(steps, left)}))
 
-    adapt.last_alone = lambda: True
     return adapt
 
 

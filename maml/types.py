@@ -193,11 +193,6 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in metrics.items()}
 
 
-def last_alone(adapt: Adapt) -> bool:
-    """Whether of an inner loop's trace only the last parameters have a derivative: `implicit`, and loops around one."""
-    return getattr(adapt, "last_alone", lambda: False)()
-
-
 def roles(meta_params: Params) -> Params:
     """Labels for `optax.partition`: "params" on the model's parameters, "inner" on what an inner loop adds to them."""
     if not isinstance(meta_params, MetaParams):

@@ -15,6 +15,12 @@ def test_the_interval_is_students():
     assert n == 7
 
 
+def test_of_infinite_values_it_is_no_number():
+    mean, ci95, _ = interval([np.inf, 1.0])
+    assert mean == np.inf
+    assert np.isnan(ci95)
+
+
 def test_at_600_tasks_it_is_the_papers():
     values = np.random.default_rng(1).uniform(size=600)
     assert interval(values).ci95 == pytest.approx(1.96 * values.std() / np.sqrt(600), rel=5e-3)

@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from maml.derivatives import mixed, truncated
 from maml.implicit import implicit
-from maml.inner_loop import learned, low_rank, only, per_step, unroll
+from maml.inner_loop import learned, low_rank, minibatches, only, per_step, unroll
 from maml.inner_loop.parts import started
 from maml.losses import cross_entropy, mse
 from maml.models import MLP, functional
@@ -99,7 +99,7 @@ def test_a_multi_step_loss_of_an_implicit_loop_is_refused():
     own = learned(lambda strength: implicit(search, strength), lambda *_: jnp.ones(()))
     loops = [implicit(search), only(nnx.PathContains("a"), implicit(search)), own]
     loops += [started(lambda loss, params, support: params, implicit(search))]  # noqa: ARG005
-    loops += [only(nnx.PathContains("a"), own), low_rank(1, implicit(search), "a")]
+    loops += [only(nnx.PathContains("a"), own), low_rank(1, implicit(search), "a"), minibatches(6, implicit(search))]
     for loop in loops:
         objective, start = multi_step_loss(loss, loop, lambda _: jnp.ones(2) / 2), initial(loop, params, KEY)
         with pytest.raises(ValueError, match="implicit inner loop only the parameters after the last step"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from maml.inner_loop.unrolled import unroll
-from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params, last_alone, own
+from maml.types import Adapt, Adapted, Key, Loss, MetaParams, Params, own
 from maml.types import initial as initial_of
 
 PER = ("loop", "tensor", "parameter")
@@ -29,9 +29,7 @@ def learned(make: Callable[[Any], Adapt], init: Callable[[Params, Key], Any]) ->
 
     def adapt(loss: Loss, params, support, key) -> Adapted:
         model, inner = own(params)
-        loop = make(inner)
-        adapt.last_alone = lambda: last_alone(loop)  # of any `inner`
-        return loop(loss, model, support, key)
+        return make(inner)(loss, model, support, key)
 
     def init_both(params, key):
         inner = init(params, key)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maml.inner_loop.parts import composed
-from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, initial, last_alone, leaf_name, own, whole
+from maml.types import Adapt, Adapted, Loss, MetaParams, Params, Trace, initial, leaf_name, own, whole
 
 
 def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0) -> Adapt:
@@ -53,7 +53,7 @@ def low_rank(rank: int, adapt: Adapt, where: str = "kernel", scale: float = 1.0)
             )
         return MetaParams(params, factors)
 
-    adapt_factors.init, adapt_factors.last_alone = init, lambda: last_alone(adapt)
+    adapt_factors.init = init
     return adapt_factors
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from maml.random import key_for
-from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, last_alone, padded, whole
+from maml.types import Adapt, Adapted, Indexed, Loss, MetaParams, Params, Trace, initial, padded, whole
 
 
 def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
@@ -59,7 +59,7 @@ def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
         return join(first_row(adapt)(moving))
 
     partial_adapt.init, partial_adapt.first_row = init, seen_first
-    partial_adapt.last_alone, partial_adapt.moves_part = lambda: last_alone(adapt), True
+    partial_adapt.moves_part = True
     return partial_adapt
 
 
@@ -114,7 +114,6 @@ def started(start: Callable[[Loss, Params, Any], Params], adapt: Adapt) -> Adapt
         return adapt(loss, params, support, key)
 
     adapt_from.init, adapt_from.first_row = lambda params, key: initial(adapt, params, key), first_row(adapt)
-    adapt_from.last_alone = lambda: last_alone(adapt)
     return adapt_from
 
 

@@ -24,9 +24,9 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
 
     Raises:
       ValueError: for what is no NNX module; for one that holds random state (dropout; not a recurrent cell's, whose carry starts
-        at the same numbers in every call): `apply` has no key to draw from; `apply`
-        itself where a model calls a batch norm twice, for `Conditioned` parameters (inside of `nnx.remat` and other
-        transformations, which make a norm anew for each call, that is not seen).
+        at the same numbers in every call): `apply` has no key to draw from; `apply` itself where a model calls a batch norm
+        twice, for `Conditioned` parameters (inside of `nnx.remat` and other transformations, which make a norm anew for each
+        call, that is not seen).
     """
     apply: Any
     apply, params = pure(model, lambda model, inputs: model(inputs))
