@@ -19,6 +19,8 @@ from maml.inner_loop import with_prototypes
 from maml.models import functional
 from maml.objectives import switched
 from maml.random import key_for
+from maml.tasks import splits
+from maml.tasks.images import folder_digest
 from maml.types import Adapt, Apply, Loss, Objective, Padded, Params, Sampler, as_argument, initial, whole
 
 
@@ -154,7 +156,7 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
         f.name: cfg.evaluation[f.name] for f in dataclasses.fields(Protocol) if f.name in cfg.evaluation
     }
     own = ("_partial_", "loss", "ways", "shots", "queries", "data_dir", "cache_dir")
-    task = evaluated_task(cfg)
+    task = evaluated_task(cfg) | data_read(cfg)
     settings = [f"{k}={v}" for k, v in sorted(task.items()) if k not in own and v is not None]
     if (loss := cfg.task.loss).get("dynamics"):  # its episodes are what is measured
         episode = {k: v for k, v in loss.items() if k in ("horizon", "discount")}
@@ -170,6 +172,17 @@ def build_protocol(cfg: DictConfig, **changes: Any) -> Protocol:
         values["steps"] = cfg.algorithm.get("steps", values["steps"])  # fixed: an evaluation's number is for others
     values["task"] = " ".join(settings).replace("_target_=", "")
     return Protocol(**values | changes)
+
+
+def data_read(cfg: DictConfig) -> dict[str, Any]:
+    """What the data are where the task's settings say only where they lie: digests of a folder's images, of a list of classes."""
+    task = cfg.task
+    where = task.get("class_split")
+    if task.get("_target_") == "maml.tasks.image_folder":
+        return {"class_split": None, "data": folder_digest(task.data_dir, where)}
+    if where and where not in (*splits.SHA256, *splits.WIDER):
+        return {"class_split": splits.digest(splits.read_split(where))[:16]}
+    return {}
 
 
 def protocol_sampler(cfg: DictConfig, protocol: Protocol) -> Sampler:
@@ -304,6 +317,9 @@ def check(cfg: DictConfig) -> None:
             continue
         if not _positive(value):
             raise ValueError(f"{name}={value!r}: give a positive number")
+    for name in ("seed", "evaluation.seed"):
+        if not 0 <= (value := OmegaConf.select(cfg, name)) < 2**32:
+            raise ValueError(f"{name}={value}: give 0 to {2**32 - 1}; JAX takes others for one of these")
     budget = _value(cfg, "trainer.memory_gb", None)
     if budget is not None and not budget > 0:
         raise ValueError(f"trainer.memory_gb={budget}: give a positive number of GB, or null for no limit")
@@ -352,6 +368,8 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         for key in (OmegaConf.select(cfg, group) or ()) if group else cfg:
             if key not in known:
                 raise ValueError(f"{group}.{key}: no such key; there are {', '.join(known)}".removeprefix("."))
+    if split := [text for text in overrides if re.match(r"\+{1,2}task\.split=", text)]:
+        raise ValueError(f"{split[-1]}: training is on meta_train; give evaluation.split=...")
     asked = [text for text in overrides if re.match(r"(\+{0,2}evaluation|algorithm)\.step_size=(?!null)", text)]
     if asked and not reads(cfg, "step_size"):
         raise ValueError(f"{asked[-1]}: {no_step_size(cfg)}")

@@ -38,6 +38,7 @@ class Run(NamedTuple):
     source: str  # where the paper's figures stand
     paper: dict[str, tuple[float, float | None]]  # its figures: mean and half-width, by metric
     records: list[dict[str, Any]]  # what was logged on the way
+    written: float  # when, in seconds since 1970
 
 
 class Row(NamedTuple):
@@ -86,7 +87,7 @@ def load_all(directories: Iterable[Path]) -> tuple[list[Run], list[str], list[st
 
 
 def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
-    """What `experiments.evaluate` left; nothing if it only repeats the run.
+    """What `experiments.evaluate` left; nothing if it only repeats the run, which gets what that had not measured.
 
     Device and versions are those of the training, and so is the wall time, which an earlier checkpoint has not. The paper's
     figures stand beside the run's own protocol, of one checkpoint or several, and beside others that they name.
@@ -94,13 +95,20 @@ def _evaluation(directory: Path, path: Path, run: Run | None) -> list[Run]:
     one = load(directory, f"evaluations/{path.name}", run)
     of_training = {}
     if run is not None:
-        if all(one.summary.get(name) == run.summary.get(name) for name in ("protocol_hash", "params_sha256")):
+        same = all(one.summary.get(name) == run.summary.get(name) for name in ("protocol_hash", "params_sha256"))
+        if same and not _chosen(one):
+            run.metrics.update({name: value for name, value in one.metrics.items() if name not in run.metrics})
             return []
         whole = str(one.summary.get("step")) == run.settings.get("trainer.steps")
         names = ("device", "versions", *(("wall_time_s",) if whole else ()))
         of_training = {k: v for k, v in run.summary.items() if k in names}
     own = {k: v for k, v in one.summary.items() if k != "wall_time_s"}
     return [one._replace(summary=own | of_training)]
+
+
+def _chosen(run: Run) -> bool:
+    """Whether its checkpoints were chosen by validation."""
+    return run.settings.get("checkpoints", "").startswith("best")
 
 
 def _changed(summary: dict[str, Any], run: Run | None) -> set[str]:
@@ -118,7 +126,8 @@ def load(directory: Path, file: str = "summary.json", run: Run | None = None) ->
         seed = summary["seed"]
         at = ".hydra"
         config = summary.get("config") or _yaml(directory / ".hydra/config.yaml")
-        choices, overrides = _choices(directory), _overrides(directory)
+        told = (run.summary if run else summary).get("hydra")  # the directory's is that of the last command there
+        choices, overrides = _named(told or _in_directory(directory))
         given = dict(text.split("=", 1) for text in summary.get("overrides", ()))  # those of an evaluation
         at = "the node `paper` of the config"
         known = [config, choices, [*overrides, *given], summary.get("protocol") or {}, _changed(summary, run)]
@@ -132,7 +141,8 @@ def load(directory: Path, file: str = "summary.json", run: Run | None = None) ->
     settings = _flat(config) | {"seed": str(seed)} | {k: v for k, v in given.items() if k == "checkpoints"}
     overrides += [name for name in given if name not in overrides]
     logged = records(directory) if file == "summary.json" else []  # on the way to an evaluation nothing was
-    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, logged)
+    written = (directory / file).stat().st_mtime
+    return Run(directory, summary, metrics, settings, choices, overrides, source, paper, logged, written)
 
 
 def _measured(value: dict[str, Any]) -> Interval:
@@ -144,15 +154,17 @@ def _yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
 
 
-def _overrides(directory: Path) -> list[str]:
-    path = directory / ".hydra/overrides.yaml"
-    return [text.lstrip("+~").split("=")[0] for text in _yaml(path)] if path.exists() else []
+def _in_directory(directory: Path) -> dict[str, Any]:
+    """The groups and the overrides that Hydra has noted."""
+    paths = directory / ".hydra/hydra.yaml", directory / ".hydra/overrides.yaml"
+    hydra, overrides = (_yaml(path) if path.exists() else None for path in paths)
+    return {"choices": hydra["hydra"]["runtime"]["choices"] if hydra else {}, "overrides": overrides or []}
 
 
-def _choices(directory: Path) -> dict[str, str]:
-    path = directory / ".hydra/hydra.yaml"
-    choices = _yaml(path)["hydra"]["runtime"]["choices"] if path.exists() else {}
-    return {name: str(choice) for name, choice in choices.items() if choice}
+def _named(told: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The groups by name, and the names of what the command line set."""
+    choices = {name: str(choice) for name, choice in told["choices"].items() if choice}
+    return choices, [text.lstrip("+~").split("=")[0] for text in told["overrides"]]
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -222,14 +234,14 @@ def material(run: Run) -> dict[str, str]:
 def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
     """Rows of runs that differ in the seed alone, and the runs that only repeat another's seed.
 
-    A repeated seed is no independent value: the run whose directory sorts last is taken.
+    A repeated seed is no independent value: the run of more meta-steps is taken, else the one that was written last.
     """
     groups, repeated = {}, []
     for run in runs:
         key = json.dumps([material(run), _protocol(run)], sort_keys=True)
         same, seed = groups.setdefault(key, {}), run.settings["seed"]
         if (before := same.get(seed)) is not None:
-            before, run = sorted((before, run), key=lambda one: one.summary.get("step", 0))
+            before, run = sorted((before, run), key=lambda one: (one.summary.get("step", 0), one.written))
             repeated.append(str(before.directory))
         same[seed] = run
     return _rows([list(same.values()) for same in groups.values()]), repeated
@@ -238,7 +250,7 @@ def group(runs: Iterable[Run]) -> tuple[list[Row], list[str]]:
 def _protocol(run: Run) -> Any:
     """What two runs of a row have in common: `checkpoints=best5` are others of each seed."""
     protocol = run.summary.get("protocol") or {}
-    if "ensemble" in protocol and "checkpoints" in run.settings:
+    if _chosen(run) or ("ensemble" in protocol and "checkpoints" in run.settings):
         return {**protocol, "ensemble": run.settings["checkpoints"]}
     return [run.summary.get("protocol_hash"), run.summary.get("step")]
 

@@ -7,7 +7,7 @@ The newest checkpoint of the run is evaluated under the run's own config with th
 ways, shots, steps and step size, and rotations, least ways and minibatches that its file does not give: evaluation.steps=
 changes them).
 Prints the numbers and writes them to RUN_DIRECTORY/evaluations/<protocol hash>.json (of another checkpoint than the newest
-<protocol hash>-<meta-step>.json).
+<protocol hash>-<meta-step>.json, or -best1.json).
 
 checkpoints=20000 takes the one of that meta-step; checkpoints=20000,25000 (or best5: of those kept the five that were best on
 validation tasks, as MAML++ does; trainer.validate_every=trainer.checkpoint_every) the mean of their outputs, and says so in the
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, results, schema
@@ -42,7 +41,9 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     typed = OmegaConf.structured(schema.Evaluation)
     cfg.evaluation = OmegaConf.merge(typed, cfg.evaluation)  # with the keys that an older run had not
-    for override in overrides:
+    for override in sorted(
+        overrides, key=lambda text: not text.startswith("evaluation=")
+    ):  # the group first, as in Hydra
         key, separator, value = override.partition("=")
         if key == "checkpoints":
             continue
@@ -66,7 +67,7 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         elif key == "evaluation.steps" and value != "0" and not build.reads(cfg, "steps"):
             raise ValueError(f"{override}: {build.no_steps(cfg)}")
         else:
-            OmegaConf.update(cfg, key, yaml.safe_load(value))
+            OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)  # which reads 1e-3 as a number
     return cfg
 
 
@@ -151,8 +152,13 @@ def evaluate_run(directory: Path, overrides: Sequence[str] = ()) -> dict:
 def written(directory: Path, overrides: Sequence[str]) -> str:
     summary = evaluate_run(directory, overrides)
     (directory / "evaluations").mkdir(exist_ok=True)
-    newest = summary["step"] == max(Checkpoints(directory / "checkpoints").steps()) or "ensemble" in summary["protocol"]
-    name = summary["protocol_hash"] + ("" if newest else f"-{summary['step']}")
+    newest = summary["step"] == max(Checkpoints(directory / "checkpoints").steps())
+    which = next(
+        (text.partition("=best")[2] for text in summary["overrides"] if text.startswith("checkpoints=best")), ""
+    )
+    name = summary["protocol_hash"]
+    if "ensemble" not in summary["protocol"]:
+        name += f"-best{which}" if which else "" if newest else f"-{summary['step']}"
     path = directory / "evaluations" / f"{name}.json"
     results.save(path, summary | {"metrics": _with_those_of(path, summary)})
     return results.table(summary)

@@ -136,6 +136,38 @@ def of_experiment(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequen
     }
 
 
+def of_experiment_at_test(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values that an experiment has set for its own evaluation, where another protocol or step size was asked for."""
+    typed = {text.lstrip("+").partition("=")[0] for text in overrides}
+    files = [CONF / f"{name}/{choices.get(name)}.yaml" for name in ("experiment", "evaluation")]
+    if not all(file.exists() for file in files):
+        return {}
+    contents: list[Any] = [OmegaConf.to_container(OmegaConf.load(file), resolve=False) for file in files]
+    own, protocol = contents[0].get("evaluation") or {}, contents[1]
+    taken = {key for key in own if key != "step_size" and isinstance(protocol.get(key, 0), int | float)}
+    taken = {key for key in taken if "evaluation" in typed and own[key] != protocol.get(key)}
+    if own.get("step_size") is not None and typed & {"algorithm", "algorithm.step_size"}:
+        taken |= {"step_size"} if cfg.evaluation.step_size != cfg.algorithm.get("step_size") else set()
+    return {key: cfg.evaluation[key] for key in own if key in taken and f"evaluation.{key}" not in typed}
+
+
+def check_schedule(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a learning rate that would replace the schedule of the chosen optimizer, whose name the run would still bear.
+
+    Raises:
+      ValueError: with the override, and the keys of the schedule.
+    """
+    name = "optimizer.learning_rate"
+    rates = [text for text in overrides if re.fullmatch(rf"{name}=[-+.\deE]+", text)]
+    file = CONF / "optimizer" / f"{choices.get('optimizer')}.yaml"
+    if not rates or not file.exists():
+        return
+    schedule = OmegaConf.select(OmegaConf.load(file), "learning_rate")
+    if isinstance(schedule, DictConfig):
+        keys = ", ".join(f"{name}.{key}" for key in schedule if key != "_target_")
+        raise ValueError(f"{rates[-1]}: optimizer={choices['optimizer']} has a schedule there; give one of {keys}")
+
+
 def on_run(usage: str | None, act: Callable[[Path, Sequence[str]], str]) -> None:
     """A program on a run directory: print act(directory, other arguments), or one line of refusal; without any the usage."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
@@ -156,6 +188,7 @@ def _refusing(job: Job) -> Job:
     def wrapped(cfg: DictConfig) -> None:
         try:
             build.check_keys(cfg, HydraConfig.get().overrides.task)
+            check_schedule(HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task)
             with _memory(
                 "give trainer.memory_gb=GB, or trainer.task_chunk=1 and algorithm.remat=1; plan=true says what they take"
             ):

@@ -126,7 +126,7 @@ def ledger_of(rows: Sequence[Row], before: Path) -> str:
             "changed": ", ".join(f"{name}={value}" for name, value in own.items()) or NONE,
             **_facts(row),
             "wall time": _time(row),
-            "jax": str((run.summary.get("versions") or {}).get("jax", NONE)),
+            "jax": _of_all((one.summary.get("versions") or {}).get("jax", NONE) for one in row.runs),
         }
         named = [metric for metric in run.paper if metric in run.metrics]
         for metric in named or _after_last_step(run.metrics):
@@ -196,15 +196,16 @@ def write_csv(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:
         writer.writerows(lines)
 
 
-def _facts(row: Row) -> dict[str, str]:
-    def of_all(values: Iterable[Any]) -> str:
-        return ", ".join(dict.fromkeys(str(value) for value in values))
+def _of_all(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
 
+
+def _facts(row: Row) -> dict[str, str]:
     return {
-        "protocol": of_all(run.summary.get("protocol_hash", NONE) for run in row.runs),
-        "seeds": of_all(run.summary["seed"] for run in row.runs),
-        "steps": of_all(_steps(run) for run in row.runs),
-        "device": of_all(run.summary.get("device", NONE) for run in row.runs),
+        "protocol": _of_all(run.summary.get("protocol_hash", NONE) for run in row.runs),
+        "seeds": _of_all(run.summary["seed"] for run in row.runs),
+        "steps": _of_all(_steps(run) for run in row.runs),
+        "device": _of_all(run.summary.get("device", NONE) for run in row.runs),
     }
 
 

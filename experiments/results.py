@@ -56,7 +56,16 @@ def finished(directory: Path, cfg: DictConfig) -> dict[str, Any] | None:
         summary = json.loads((directory / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    return summary if summary.get("config") == _without_resume(plain(cfg)) else None
+    same = summary.get("config") == _without_resume(plain(cfg))
+    return summary if same and summary.get("protocol", {}).get("task") == build.build_protocol(cfg).task else None
+
+
+def saved(cfg: DictConfig) -> dict[str, Any]:
+    """What checkpoints are saved with: the config, and which data were read (`build.data_read`)."""
+    return plain(cfg, resolve=False) | {_DATA: build.data_read(cfg)}
+
+
+_DATA = "data_read"
 
 
 def _without_resume(config: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def saved_config(checkpoints: Checkpoints) -> Mapping[str, Any]:
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A saved config with the keys of `trainer` that an older run had not, at what it did: the schema's defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(schema.Trainer) if f.default is not MISSING}
-    return {**config, "trainer": {**defaults, **config["trainer"]}}
+    return {k: v for k, v in config.items() if k != _DATA} | {"trainer": {**defaults, **config["trainer"]}}
 
 
 def resume(cfg: DictConfig, directory: Path, checkpoints: Checkpoints, progress: Progress) -> Progress:
@@ -141,13 +150,17 @@ def after_divergence(cfg: DictConfig, checkpoints: Checkpoints) -> str:
 
 
 def _same_config(cfg: DictConfig, checkpoints: Checkpoints) -> None:
-    saved, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (completed(checkpoints.config() or cfg), cfg))
-    keys = [k for k in {**saved, **now} if not k.startswith(_MAY_CHANGE) and saved.get(k) != now.get(k)]
-    if keys:
-        changes = "; ".join(f"{k} was {saved.get(k)}, is {now.get(k)}" for k in keys)
+    config = checkpoints.config() or cfg
+    before, now = (flat(plain(OmegaConf.create(dict(c)))) for c in (completed(config), cfg))
+    keys = [k for k in {**before, **now} if not k.startswith(_MAY_CHANGE) and before.get(k) != now.get(k)]
+    changes = [f"{k} was {before.get(k)}, is {now.get(k)}" for k in keys]
+    if config.get(_DATA, data := build.data_read(cfg)) != data:
+        changes.append(f"other images or classes were read, from task.data_dir={before.get('task.data_dir')}")
+    if changes:
+        changes = "; ".join(changes)
         raise ValueError(
             f"the checkpoints in {checkpoints.directory} are of another config: {changes}. "
-            "Give the old values or another directory"
+            "Give the old values or another directory (with -m hydra.sweep.subdir)"
         )
 
 

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments import build, diagnostics, pictures, plan, results
-from experiments.program import INTERRUPTED, Interrupt, of_experiment, run_program
+from experiments.program import INTERRUPTED, Interrupt, of_experiment, of_experiment_at_test, run_program
 from maml import plots, train
 from maml.checkpoint import Checkpoints
 
@@ -46,7 +46,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             log.warning("stopped by a signal at meta-step %d and saved; hydra.run.dir=%s continues", step, directory)
             sys.exit(INTERRUPTED)
         metrics = measure(params)
-        summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start)
+        summary = results.summarize(cfg, protocol, metrics, params, time.monotonic() - start) | _asked()
         results.save(directory / "summary.json", summary)
         log.info(results.table(summary))
         figures = pictures.draw(cfg, learner, params, protocol, metrics) | pictures.training_curves(directory)
@@ -72,13 +72,14 @@ def _train(
             logger(step, {f"{kind}/{name}": value for name, value in metrics.items()})
 
     def save(progress: train.Progress) -> None:
-        checkpoints.save(int(progress.state.step), progress, results.plain(cfg, resolve=False))
+        checkpoints.save(int(progress.state.step), progress, config)
         results.spend(checkpoints.directory.parent, time.monotonic() - start)
 
     def validate(progress: train.Progress) -> None:
         metrics = measure(progress.state.params)
         write("meta_valid", int(progress.state.step), {k: v.mean for k, v in metrics.items()})
 
+    config = results.saved(cfg)
     every = [*diagnostics.callbacks(cfg, learner, loggers), (cfg.trainer.checkpoint_every, save)]  # saved last
     if cfg.trainer.validate_every:
         _, measure = build.evaluation(cfg, learner, split="meta_valid", tasks=cfg.trainer.validation_tasks)
@@ -102,6 +103,14 @@ def _train(
         return progress, interrupted()
 
 
+def _asked() -> dict[str, Any]:
+    """The groups and the overrides of the command line, which a later command in the same directory replaces there."""
+    if not HydraConfig.initialized():
+        return {}
+    hydra = HydraConfig.get()
+    return {"hydra": {"choices": dict(hydra.runtime.choices), "overrides": list(hydra.overrides.task)}}
+
+
 @contextmanager
 def _opened(cfg: DictConfig, directory: Path, first: int) -> Iterator[list[Any]]:
     """The loggers of the config, which go on from meta-step `first`."""
@@ -121,6 +130,9 @@ def job(cfg: DictConfig) -> None:
             numbers,
             cfg.algorithm.name,
         )
+    if fixed := of_experiment_at_test(cfg, hydra.runtime.choices, hydra.overrides.task):
+        values = ", ".join(f"evaluation.{key}={value}" for key, value in fixed.items())
+        log.warning("%s: from the experiment, for its own evaluation", values)
     run(cfg, Path(hydra.runtime.output_dir))
     return None
 

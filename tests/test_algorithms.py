@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments import build, evaluate
 from experiments import run as program
-from experiments.program import of_experiment
+from experiments.program import of_experiment, of_experiment_at_test
 from maml import train
 from maml.derivatives import equations, first_order
 from maml.inner_loop import learned_step_sizes, only, per_step, unroll, with_prototypes
@@ -334,6 +334,27 @@ def test_an_experiments_numbers_for_another_algorithm_are_told(tmp_path, monkeyp
     assert of("imaml", experiment="rajeswaran2019/omniglot_5way_1shot") == {}
     assert of("maml", experiment="rajeswaran2019/omniglot_5way_1shot") == {"steps": 16, "step_size": 0.1}
     assert of_experiment(config(run[0]), {"experiment": "finn2017/sinusoid_10shot", "algorithm": "maml"}, run[:1]) == {}
+
+
+def test_an_experiments_evaluation_that_stays_is_told(tmp_path, monkeypatch):
+    """CAVIA's sinusoid has 1,000 tasks and 100 queries of its own, under any protocol that is asked for by name."""
+    monkeypatch.setattr(program, "run", lambda *_: None)  # nothing needs to be trained
+    told = main("experiment=zintgraf2019/sinusoid", "evaluation=strict", f"hydra.run.dir={tmp_path}").out
+    assert "evaluation.tasks=1000, evaluation.queries=100" in told
+    assert "from the experiment, for its own evaluation" in told
+
+    def of(experiment, *overrides):
+        choices = {"experiment": experiment, "evaluation": "finn2017_sinusoid"}
+        choices |= dict(text.split("=") for text in overrides if text.startswith("evaluation="))
+        overrides = [f"experiment={experiment}", *overrides]
+        return of_experiment_at_test(config(*overrides), choices, overrides)
+
+    assert of("zintgraf2019/sinusoid") == {}
+    assert of("zintgraf2019/sinusoid", "evaluation=strict", "evaluation.tasks=6000")["queries"] == 100
+    assert "tasks" not in of("zintgraf2019/sinusoid", "evaluation=strict", "evaluation.tasks=6000")
+    assert of("finn2017/sinusoid_pretrained", "algorithm=maml") == {"step_size": 0.005}
+    assert of("finn2017/sinusoid_pretrained", "algorithm=maml", "evaluation.step_size=0.1") == {}
+    assert of("finn2017/navigation", "algorithm.step_size=0.02") == {"step_size": [0.1, 0.05, 0.05]}
 
 
 def test_a_new_algorithm_is_one_file(tmp_path):

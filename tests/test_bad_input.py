@@ -112,6 +112,13 @@ def test_names_and_types_that_hydra_refuses(tmp_path, override, words):
         ("+trainer.step=5", ["trainer.step: no such key", "steps, meta_batch"]),
         ("+evaluation.stepz=3", ["evaluation.stepz: no such key"]),
         ("+sed=1", ["error: sed: no such key", "seed"]),
+        ("seed=4294967296", ["seed=4294967296: give 0 to 4294967295"]),
+        ("evaluation.seed=-1", ["evaluation.seed=-1: give 0 to"]),
+        ("+task.split=meta_test", ["+task.split=meta_test: training is on meta_train; give evaluation.split"]),
+        (
+            ("optimizer=adam_cosine", "optimizer.learning_rate=5e-3"),
+            ["optimizer.learning_rate=5e-3: optimizer=adam_cosine has a schedule there", "learning_rate.init_value"],
+        ),
         ("+diagnostics.curvature.evry=1", ["diagnostics.curvature.evry: no such key", "every"]),
         ("+quantization.bit=3", ["quantization.bit: no such key", "bits"]),
         (

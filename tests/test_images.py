@@ -393,6 +393,70 @@ def test_a_changed_image_is_decoded_again(folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_folders_of_one_name_do_not_share_a_cache(folder, tmp_path):
+    """Names, sizes and times of all files are the same."""
+    other = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, other)
+    pixels = np.zeros((30, 20, 3), np.uint8)
+    for name in ("1.bmp", "2.bmp"):
+        Image.fromarray(pixels + 10 * int(name[0])).save(tmp_path / name)
+    for root, name in ((folder, "1.bmp"), (other, "2.bmp")):
+        shutil.copy(tmp_path / name, root / "cat" / "1.png")
+        os.utime(root / "cat" / "1.png", (1e9, 1e9))
+    assert [int(folder_data(root).images[0].max()) for root in (folder, other)] == [10, 20]
+
+
+def test_sixteen_bits_and_transparent_grounds(folder):
+    """Of 16 bits the upper 8; black ink on a transparent ground is ink on white, not black on black."""
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(grey).save(folder / "cat" / "1.png")
+    ink = np.zeros((8, 8, 4), np.uint8)
+    ink[2:4, :, 3], ink[4, 0, 3] = 255, 128
+    Image.fromarray(ink).save(folder / "cat" / "2.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 0, 0, 0])
+    palette.putpixel((0, 0), 0)
+    palette.save(folder / "cat" / "3.png", transparency=1)
+    for file in ("2.jpg", "3.JPEG"):
+        (folder / "cat" / file).unlink()
+    data = np.asarray(folder_data(folder, channels=1).images)[..., 0]
+    np.testing.assert_array_equal(data[0], grey // 256)
+    expected = np.where(ink[..., 3] == 255, 0, 255)
+    expected[4, 0] = 127
+    np.testing.assert_array_equal(data[1], expected)
+    expected = np.full((8, 8), 255)
+    expected[0, 0] = 9
+    np.testing.assert_array_equal(data[2], expected)
+
+
+def test_an_image_that_is_listed_twice_is_refused(folder, tmp_path):
+    """In one class it could be its own query, in two parts it would be in training and test; of two folders it is another."""
+    lists = csv_lists(tmp_path / "lists")
+    train = lists / "train.csv"
+    before = train.read_text()
+    train.write_text(before + "1.png,owl\n")
+    with pytest.raises(ValueError, match=r"owl/1.png' is listed twice .1 such images."):
+        folder_data(folder, class_split=str(lists))
+    train.write_text(before)
+    for name in ("owl", "cat", "dog"):  # all in one folder
+        shutil.copy(folder / name / "1.png", folder / "1.png")
+    with pytest.raises(ValueError, match=r"photos/1.png' is listed twice"):
+        folder_data(folder, "meta_test", class_split=str(lists))
+
+
+def test_the_digest_of_a_folder_is_that_of_its_classes_and_images(folder, tmp_path):
+    before = images.folder_digest(str(folder))
+    shutil.copytree(folder, tmp_path / "moved")
+    shutil.copytree(folder, tmp_path / "lists", ignore=shutil.ignore_patterns("*.png", "*.j*"))
+    assert images.folder_digest(str(tmp_path / "moved")) == before
+    assert images.folder_digest(str(folder), str(tmp_path / "lists")) == before
+    (folder / "meta_train.txt").write_text("cat\nowl\n")
+    (folder / "meta_test.txt").write_text("dog\n")
+    swapped = images.folder_digest(str(folder))
+    (tmp_path / "moved" / "owl" / "1.png").write_bytes(b"other")
+    assert len({before, swapped, images.folder_digest(str(tmp_path / "moved"))}) == 3
+
+
 def test_spoiled_and_foreign_files_are_named(folder):
     whole = (folder / "cat" / "2.jpg").read_bytes()
     (folder / "cat" / "2.jpg").write_bytes(whole[: len(whole) // 2])

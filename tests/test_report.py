@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -204,9 +205,12 @@ def test_only_overrides_that_differ_are_columns(tmp_path):
 def test_repeated_seed_is_no_second_value(tmp_path):
     for name, accuracy in (("10", 0.8), ("9", 0.7)):
         make_run(tmp_path / "runs" / name, accuracy=accuracy)
-    text, (row,), _ = made(tmp_path)
-    assert row[STEP_1] == "0.800 ± 0.010 (600 tasks)"  # 10 is later than 9
-    assert f"- {tmp_path / 'runs/9'}" in text.split("Left out")[1]
+    for last, first in (("10", "9"), ("9", "10")):
+        os.utime(tmp_path / "runs" / first / "summary.json", (1e9, 1e9))
+        os.utime(tmp_path / "runs" / last / "summary.json", (2e9, 2e9))
+        text, (row,), _ = made(tmp_path)
+        assert row[STEP_1] == f"{ {'10': '0.800', '9': '0.700'}[last] } ± 0.010 (600 tasks)"
+        assert f"- {tmp_path / 'runs' / first}\n" in text.split("Left out")[1] + "\n"
 
 
 def test_different_protocols_are_not_averaged_and_warned_of(tmp_path):
@@ -391,6 +395,41 @@ def test_of_ensembles_that_are_asked_for_alike_the_later_counts(tmp_path):
         evaluated(tmp_path / "runs/maml0", ["checkpoints=best2"], accuracy, step, ensemble=f"meta-steps 100, {step}")
     _, (_, best), _ = made(tmp_path)
     assert (best[STEP_1], best["steps"]) == ("0.800 ± 0.010 (6000 tasks)", "200")
+
+
+def test_seeds_whose_best_checkpoint_is_the_last_stay_in_the_mean_of_the_best(tmp_path):
+    """`best1` of one seed is its last, of another an earlier one: three values, and one row."""
+    runs = [tmp_path / f"runs/{seed}" for seed in range(3)]
+    for seed, (directory, best, step) in enumerate(zip(runs, (0.7, 0.8, 0.9), (200, 100, 150), strict=True)):
+        make_run(directory, seed, 0.7, params_sha256="last")
+        evaluated(directory, ["checkpoints=best1"], best, step)
+        path = directory / "evaluations/aaaa.json"
+        text = json.loads(path.read_text()) | {"params_sha256": "last" if step == 200 else "other"}
+        path.write_text(json.dumps(text))
+    _, rows, _ = made(tmp_path)
+    assert sorted(row[STEP_1].split(" ")[0] for row in rows) == ["0.7", "0.80"]
+    assert [row[STEP_1].endswith("(3 seeds)") for row in rows] == [True, True]
+
+
+def test_what_an_evaluation_measured_later_is_the_runs_too(tmp_path):
+    make_run(tmp_path / "runs/0", params_sha256="last")
+    evaluated(tmp_path / "runs/0", [], 0.9)
+    path = tmp_path / "runs/0/evaluations/aaaa.json"
+    later = json.loads(path.read_text()) | {"params_sha256": "last"}
+    path.write_text(json.dumps(later | {"metrics": later["metrics"] | {"meta_test/step_5/accuracy": {"mean": 0.95}}}))
+    _, (row,), _ = made(tmp_path, metrics=["meta_test/step_5/accuracy"])
+    assert row["meta_test/step_5/accuracy"].startswith("0.95 ")
+
+
+def test_a_command_that_was_refused_in_a_finished_run_renames_nothing(tmp_path):
+    told = {"choices": {"algorithm": "maml"}, "overrides": ["algorithm=maml", "seed=0"]}
+    make_run(tmp_path / "runs/0", overrides=["algorithm=fomaml"], choices={"algorithm": "fomaml"}, hydra=told)
+    make_run(tmp_path / "runs/1", accuracy=0.8, overrides=["algorithm=fomaml"], choices={"algorithm": "fomaml"})
+    (tmp_path / "runs/1/summary.json").write_text(
+        (tmp_path / "runs/1/summary.json").read_text().replace('"seed": 0', '"seed": 0, "config": {"a": 1}')
+    )
+    _, rows, _ = made(tmp_path)
+    assert [row["algorithm"] for row in rows] == ["maml", "fomaml"]
 
 
 def test_the_last_checkpoint_by_number_is_the_one_that_is_taken_without(tmp_path):

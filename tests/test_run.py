@@ -350,6 +350,49 @@ def test_another_protocol_gives_other_numbers_and_another_name(classifier):
     assert summary(classifier) == before
 
 
+def test_a_protocol_by_name_comes_before_its_keys_and_numbers_are_read_as_hydra_reads_them(classifier):
+    cfg = OmegaConf.create(json.loads((classifier / "summary.json").read_text())["config"])
+    keys = ["evaluation.tasks=20", "evaluation.norm=joint", "evaluation.step_size=1e-3"]
+    orders = [[*keys, "evaluation=strict"], ["evaluation=strict", *keys]]
+    one, other = (evaluate.changed(cfg.copy(), overrides).evaluation for overrides in orders)
+    assert one == other
+    assert (one.tasks, one.norm, one.step_size, one.queries) == (20, "joint", 0.001, 15)
+
+
+def test_other_images_are_another_protocol_and_no_rest_of_a_run(classifier, tmp_path):
+    """Elsewhere they may lie; with other files or classes numbers do not compare, and nothing goes on."""
+    directory, images, moved = (tmp_path / name for name in ("run", "images", "moved"))
+    shutil.copytree(classifier, directory)
+    shutil.copytree(classifier.parent / "images", moved)
+    before = summary(directory)
+    assert evaluate_run(directory, [f"task.data_dir={moved}"])["protocol_hash"] == before["protocol_hash"]
+    cfg = OmegaConf.create(before["config"])
+    cfg.task.data_dir = str(moved)
+    assert run.run(cfg, directory)["metrics"] == before["metrics"]
+    shutil.copytree(moved, images)
+    for name in "abcdefgh":
+        shutil.copy(images / name / "0.png", images / name / "8.png")
+    other = evaluate_run(directory, [f"task.data_dir={images}"])
+    assert other["protocol_hash"] != before["protocol_hash"]
+    cfg.task.data_dir = str(images)
+    with pytest.raises(ValueError, match=rf"other images or classes were read, from task.data_dir={classifier.parent}"):
+        run.run(cfg, directory)
+    (moved / "meta_train.txt").write_text("f\ng\nh\n")
+    (moved / "meta_test.txt").write_text("a\nb\nc\n")
+    cfg.task.data_dir = str(moved)  # the very config of the last run there
+    with pytest.raises(ValueError, match="other images or classes were read"):
+        run.run(cfg, directory)
+
+
+def test_lists_of_classes_are_known_by_what_they_say(tmp_path):
+    cfg, tasks = config("task=omniglot"), []
+    for name, classes in (("one", "a"), ("same", "a"), ("other", "b")):
+        (tmp_path / name).write_text(f"[meta_train]\n{classes}\n[meta_valid]\nc\n[meta_test]\nd\n")
+        cfg.task.class_split = str(tmp_path / name)
+        tasks.append(build.build_protocol(cfg).task)
+    assert tasks[0] == tasks[1] != tasks[2]
+
+
 def test_inductive_and_transductive_numbers_differ(classifier):
     norms = [evaluate_run(classifier, [f"evaluation.norm={norm}"])["metrics"] for norm in ("batch", "support")]
     assert norms[0]["meta_test/step_1/loss"] != norms[1]["meta_test/step_1/loss"]

@@ -23,18 +23,31 @@ def decoder(size: int, mode: str, resample: Image.Resampling) -> Callable[[Any],
 
     Raises:
       ValueError: that function, for an image that cannot be read.
+
+    Of 16 bits the upper 8 are taken, and what is transparent shows white: Pillow alone would make nearly all of the one white,
+    and drop the other.
     """
 
     def decode(source: bytes | Path) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                pixels = np.asarray(image.convert(mode).resize((size, size), resample))
+                pixels = np.asarray(_opaque(image).convert(mode).resize((size, size), resample))
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's for spoiled files
             what = "a record" if isinstance(source, bytes) else str(source)
             raise ValueError(f"data_dir: cannot read the image {what} ({error}); replace or remove it") from error
         return pixels.reshape(size, size, -1)
 
     return decode
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image in 8 bits on white ground."""
+    if image.mode.startswith("I"):  # a PNG of 16 bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    drawn = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
 
 
 def decode_all(

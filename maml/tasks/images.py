@@ -1,5 +1,6 @@
 """Few-shot image classification from TFDS and from folders."""
 
+import collections
 import functools
 import importlib.util
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 
 from maml.tasks.decode import cache_folder, cached, decode_all, decoder, digest
 from maml.tasks.episodes import ClassImages, episodes, group, rotated_classes, select
-from maml.tasks.splits import classes_of, files_of
+from maml.tasks.splits import ClassSplit, classes_of, files_of, read_split
 from maml.types import Sampler
 
 OMNIGLOT_SHA256 = "922f914a43b43bc347694d5536e487b22ac1433ed8cad8db913d1d1b0b95ba86"
@@ -98,20 +99,31 @@ def image_folder(
 
     Raises:
       FileNotFoundError: no such folder, no lists of classes, or none of a listed image.
-      ValueError: for an unreadable image, a class that is not there, and names and sizes that do
+      ValueError: for an unreadable image, a class that is not there, an image that is listed twice, and names and sizes that do
         not fit.
     """
-    root = Path(data_dir).expanduser().resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"data_dir={data_dir!r}: no such folder; give one that holds class/*.png")
     check_image(image_size, channels)
-    where = class_split or str(root)
+    root, where = _folder(data_dir, class_split)
     classes, listed = classes_of(where, split), files_of(where, split)
-    files = [_found(root, name, listed[name]) if name in listed else _files(root, name) for name in classes]
+    there = _folder_files(root, where)[split]
+    files = [_complete(root, name, listed.get(name), there[name]) for name in classes]
     data = _folder_images(root, files, image_size, channels, cache_dir)
     if rotations == "classes":
         data, rotations = rotated_classes(data), "none"
     return episodes(data, ways, shots, queries, rotations=rotations, invert=invert, least_ways=least_ways)
+
+
+def folder_digest(data_dir: str, class_split: str | None = None) -> str:
+    """Changes with the classes of each part of the split, and with the names and sizes of their images; not with where these are.
+
+    Raises:
+      FileNotFoundError, ValueError: as `image_folder`.
+    """
+    parts = _folder_files(*_folder(data_dir, class_split))
+    facts = [
+        (name, [(f.name, f.stat().st_size) for f in files]) for part in parts.values() for name, files in part.items()
+    ]
+    return digest([len(part) for part in parts.values()], facts)
 
 
 def check_image(image_size: int, channels: int) -> None:
@@ -271,25 +283,62 @@ def classes_named(data: ClassImages, names: Sequence[str], wanted: Sequence[str]
     return select(data, np.array([index[name] for name in wanted]))
 
 
-def _files(root: Path, name: str) -> list[Path]:
-    files = sorted(f for f in (root / name).glob("*") if f.suffix.lower() in SUFFIXES)
-    if not files:
+def _folder(data_dir: str, class_split: str | None) -> tuple[Path, str]:
+    """The folder of the images, and where its classes are listed."""
+    root = Path(data_dir).expanduser().resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir={data_dir!r}: no such folder; give one that holds class/*.png")
+    return root, class_split or str(root)
+
+
+def _folder_files(root: Path, where: str) -> dict[str, dict[str, list[Path]]]:
+    """The images that are there, of every class of every part of a split.
+
+    Raises:
+      ValueError: for an image that is listed twice: it could be in the support and the query set, or in training and test.
+    """
+    split, found = read_split(where), {}
+    for part in ClassSplit._fields:
+        listed = files_of(where, part)
+        found[part] = {name: _there(root, name, listed.get(name)) for name in getattr(split, part)}
+    times = collections.Counter(file for part in found.values() for files in part.values() for file in files)
+    if twice := [file for file, count in times.items() if count > 1]:
+        raise ValueError(
+            f"class_split={where!r}: {str(twice[0])!r} is listed twice ({len(twice)} such images), but an image belongs to one "
+            "class of one split; remove it from the others"
+        )
+    return found
+
+
+def _there(root: Path, name: str, listed: list[str] | None) -> list[Path]:
+    """The images of a class, or of those that a list names the ones that are there."""
+    if listed is None:
+        return sorted(f for f in (root / name).glob("*") if f.suffix.lower() in SUFFIXES)
+    found = (
+        next((folder / file for folder in _folders(root, name) if (folder / file).is_file()), None) for file in listed
+    )
+    return sorted(file for file in found if file is not None)
+
+
+def _folders(root: Path, name: str) -> tuple[Path, ...]:
+    """Where the listed images of a class may be."""
+    return root, root / "images", root / name
+
+
+def _complete(root: Path, name: str, listed: list[str] | None, there: list[Path]) -> list[Path]:
+    """The images of a class; an error for those that are not there."""
+    if listed is not None and len(there) < len(listed):
+        absent = next(f for f in listed if not any((folder / f).is_file() for folder in _folders(root, name)))
+        raise FileNotFoundError(
+            f"data_dir={str(root)!r}: no {absent!r} of the class {name!r} ({len(listed) - len(there)} of {len(listed)} such); "
+            f"put what class_split lists into {', '.join(map(str, _folders(root, name)))}"
+        )
+    if not there:
         raise ValueError(
             f"data_dir={str(root)!r}: no images of the class {name!r} that class_split lists; put "
             f"{', '.join(SUFFIXES)} files into {root / name}, or remove it from the list"
         )
-    return files
-
-
-def _found(root: Path, name: str, listed: list[str]) -> list[Path]:
-    folders = (root, root / "images", root / name)
-    found = [next((folder / file for folder in folders if (folder / file).is_file()), file) for file in listed]
-    if absent := [file for file in found if isinstance(file, str)]:
-        raise FileNotFoundError(
-            f"data_dir={str(root)!r}: no {absent[0]!r} of the class {name!r} ({len(absent)} of {len(listed)} such); put what "
-            f"class_split lists into {', '.join(map(str, folders))}"
-        )
-    return sorted(file for file in found if isinstance(file, Path))
+    return there
 
 
 def _folder_images(root: Path, files: list[list[Path]], size: int, channels: int, cache_dir: str | None) -> ClassImages:
@@ -301,5 +350,5 @@ def _folder_images(root: Path, files: list[list[Path]], size: int, channels: int
     def build() -> ClassImages:
         return group(decode_all(flat, decode, root.name, os.cpu_count()), labels, len(files))
 
-    key = digest(facts, labels.tolist(), size, channels)
+    key = digest(str(root), facts, labels.tolist(), size, channels, "16 bits and transparency are kept")
     return cached(cache_folder(cache_dir) / f"{root.name}-{size}-{key}.npz", build)
