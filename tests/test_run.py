@@ -350,8 +350,12 @@ def test_another_protocol_gives_other_numbers_and_another_name(classifier):
     assert summary(classifier) == before
 
 
+def saved_config(directory: Path):
+    return OmegaConf.create(dict(results.saved_config(Checkpoints(directory / "checkpoints"))))
+
+
 def test_a_protocol_by_name_comes_before_its_keys_and_numbers_are_read_as_hydra_reads_them(classifier):
-    cfg = OmegaConf.create(json.loads((classifier / "summary.json").read_text())["config"])
+    cfg = saved_config(classifier)
     keys = ["evaluation.tasks=20", "evaluation.norm=joint", "evaluation.step_size=1e-3"]
     orders = [[*keys, "evaluation=strict"], ["evaluation=strict", *keys]]
     one, other = (evaluate.changed(cfg.copy(), overrides).evaluation for overrides in orders)
@@ -366,7 +370,7 @@ def test_other_images_are_another_protocol_and_no_rest_of_a_run(classifier, tmp_
     shutil.copytree(classifier.parent / "images", moved)
     before = summary(directory)
     assert evaluate_run(directory, [f"task.data_dir={moved}"])["protocol_hash"] == before["protocol_hash"]
-    cfg = OmegaConf.create(before["config"])
+    cfg = saved_config(directory)
     cfg.task.data_dir = str(moved)
     assert run.run(cfg, directory)["metrics"] == before["metrics"]
     shutil.copytree(moved, images)
