@@ -213,9 +213,13 @@ def test_quickdraw_reads_a_share_of_its_only_part(tfds, tmp_path):
 @pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
 @pytest.mark.parametrize("resample", ["lanczos", "nearest", "bilinear"])
 def test_images_of_any_size_and_colour_are_resized_as_pillow_does(tfds, tmp_path, channels, mode, resample):
+    """What is transparent in the fifth shows white."""
     rng = np.random.default_rng(0)
     shapes = [(30, 20, 3), (7, 50, 3), (16, 16, 3), (9, 40), (40, 9, 4), (16, 16)]
-    sources = [encoded(rng.integers(0, 256, shape, np.uint8)) for shape in shapes]
+    drawn = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+    drawn[4][..., 3] = 255 * (drawn[4][..., 3] > 127)
+    sources, opaque = [encoded(pixels) for pixels in drawn], dict(enumerate(drawn))
+    opaque[4] = np.where(drawn[4][..., 3:] == 255, drawn[4][..., :3], np.uint8(255))
     sources.append(encoded(rng.integers(0, 256, (33, 44, 3), np.uint8), "JPEG"))
     examples = [{"image": source, "label": 0} for source in sources]
     root = write(tmp_path, "dtd", "3.0.1", labelled(tfds, label=["banded"]), {"train": examples})
@@ -223,8 +227,9 @@ def test_images_of_any_size_and_colour_are_resized_as_pillow_does(tfds, tmp_path
     kwargs = {"name": "dtd", "class_split": str(tmp_path / "one.txt"), "data_dir": root, "parts": "train"}
     sampler = tfds_few_shot(ways=1, queries=1, image_size=16, channels=channels, resample=resample, **kwargs)
     wanted = set()
-    for source in sources:
-        small = Image.open(io.BytesIO(source)).convert(mode).resize((16, 16), Image.Resampling[resample.upper()])
+    for i, source in enumerate(sources):
+        image = Image.fromarray(opaque[i]) if i in opaque else Image.open(io.BytesIO(source))
+        small = image.convert(mode).resize((16, 16), Image.Resampling[resample.upper()])
         wanted.add(np.asarray(small).tobytes())
     got = np.asarray(sampler.args[0].images)
     assert got.shape == (7, 16, 16, channels)
