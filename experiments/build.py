@@ -101,6 +101,8 @@ def with_derivative(cfg: DictConfig, name: str) -> DictConfig:
     cfg = cfg.copy()
     OmegaConf.set_readonly(cfg, False)
     cfg.algorithm.derivative = {"_target_": f"maml.derivatives.{name}", "_partial_": True}
+    if "first_order_until" in cfg.algorithm:  # which would have another before that meta-step
+        cfg.algorithm.first_order_until = 0
     return cfg
 
 

@@ -43,11 +43,14 @@ from maml.types import Adapt, Loss, MetaParams, Params, Task, as_argument
 
 
 class Curvatures(NamedTuple):
-    """Of each task [tasks, ...], and the comparison of their mean meta-gradients. `codes` [tasks, steps] of quantized kernels."""
+    """Of each task [tasks, ...], and the comparison of their mean meta-gradients. `codes` [tasks, steps] of quantized kernels.
+
+    No comparison where the algorithm has no derivative to exchange.
+    """
 
     path: Path
     stable: StableStep
-    comparison: Comparison
+    comparison: Comparison | None
     codes: Mapping[str, jax.Array]
 
 
@@ -104,7 +107,8 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Curvat
             return lambda p: jax.lax.map(lambda pair: objective(p, *pair, step)[0], (tasks, keys)).mean()
 
         path, stable, codes = jax.lax.map(one, (tasks, keys))
-        return Curvatures(path, stable, first_order_comparison(mean(full), mean(cut), params), codes)
+        comparison = first_order_comparison(mean(full), mean(cut), params) if "derivative" in cfg.algorithm else None
+        return Curvatures(path, stable, comparison, codes)
 
     return measure
 
@@ -224,15 +228,12 @@ def update_values(cfg: DictConfig, loss: Loss, params: Params, tasks: Task, root
         raise ValueError(f"update: the outer loop of algorithm {cfg.algorithm.name} differentiates no inner step")
     adapt = build.inner_loop(build.with_derivative(cfg, "reverse"))
     keys = keys_for(root, "diagnose/update", 0, len(jax.tree.leaves(tasks)[0]))
-    start, whole = (params.params, params._replace) if isinstance(params, MetaParams) else (params, None)
-
-    def from_start(loss, start, support, key):
-        return adapt(loss, whole(params=start) if whole else start, support, key)
+    start = params.params if isinstance(params, MetaParams) else params
 
     def one(pair):
         task, key = pair
-        parts = loss, start, task.support, key, lanczos_steps(k, start, params), key_for(root, "diagnose/start")
-        return largest_update_singular_values(from_start, *parts)
+        parts = loss, params, task.support, key, lanczos_steps(k, start, params), key_for(root, "diagnose/start")
+        return largest_update_singular_values(adapt, *parts)
 
     return jax.jit(lambda: jax.lax.map(one, (tasks, keys)))()
 
@@ -302,19 +303,22 @@ def scalars(cfg: DictConfig, seen: Curvatures) -> dict[str, float]:
         values["beyond_stable"] = (stable < size).mean()
     for row in path_rows(seen):
         values |= {f"step_{row['step']}/{name}": x for name, x in row.items() if name != "step"}
-    values |= {f"first_order_{name}": x for name, x in seen.comparison._asdict().items()}
+    if seen.comparison is not None:
+        values |= {f"first_order_{name}": x for name, x in seen.comparison._asdict().items()}
     return {name: float(value) for name, value in values.items()}
 
 
 def sgd_step_size(cfg: DictConfig) -> float | None:
     """The inner step size that 2/λmax bounds: that of plain SGD, where it is one number; None under other optimizers.
 
-    Momentum moves the bound, and so does the proximal term of an implicit loop.
+    Momentum moves the bound, and so does the proximal term of an implicit loop; low-rank factors move in another space.
     """
     size, text = cfg.algorithm.get("step_size"), OmegaConf.to_yaml(cfg.algorithm)
     optimizers = set(re.findall(r"_target_: (optax\.\w+)", text))
     plain = "optax.sgd" in optimizers <= {"optax.sgd", "optax.chain"} and not re.search(r"momentum: (?!null)", text)
-    if not (plain and build.reads(cfg, "step_size") and isinstance(size, int | float)) or "maml.implicit" in text:
+    if not (plain and build.reads(cfg, "step_size") and isinstance(size, int | float)) or re.search(
+        r"maml\.implicit|low_rank", text
+    ):
         return None
     return float(size)
 

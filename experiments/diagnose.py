@@ -93,7 +93,9 @@ def _curvature(cfg, learner, kept, logged):
     spectra = jax.device_get(curvature.moved_spectra(*at, moved, k))
     layers = jax.device_get(curvature.layer_step_sizes(*at, moved, k))
     comparisons = _first_order(logged) | {
-        step: {name: float(x) for name, x in s.comparison._asdict().items()} for step, s in seen.items()
+        step: {name: float(x) for name, x in s.comparison._asdict().items()}
+        for step, s in seen.items()
+        if s.comparison is not None
     }
     numbers = {
         "path": curvature.path_rows(last),
@@ -105,7 +107,6 @@ def _curvature(cfg, learner, kept, logged):
             {"layer": layer, **{name: float(np.median(x)) for name, x in one._asdict().items()}}
             for layer, one in layers.items()
         ],
-        "first_order": [{"meta_step": step, **comparisons[step]} for step in sorted(comparisons)],
         "spectra": [{"loss": name, **_ends(s)} for name, s in spectra.items()],
     }
     if (left := curvature.solve_residuals(cfg, *at[1:], moved)) is not None:
@@ -116,14 +117,17 @@ def _curvature(cfg, learner, kept, logged):
     steps = sorted(comparisons)
     figures = {
         "spectra": plots.spectra({name: (s.values.ravel(), s.weights.ravel() / len(s.values)) for name, s in spectra.items()}),
-        "first_order": plots.learning_curves(
-            {"cosine to the full meta-gradient": (steps, [comparisons[step]["cosine"] for step in steps])}, "cosine"
-        ),
         "path": plots.step_curve(
             {name: _mean_ci(getattr(last.path, name)) for name in ("predicted", "actual")},
             "decrease of the support loss", "inner step (from 0)",
         ),
     }  # fmt: skip
+    if steps:
+        numbers["first_order"] = [{"meta_step": step, **comparisons[step]} for step in steps]
+        cosines = [comparisons[step]["cosine"] for step in steps]
+        figures["first_order"] = plots.learning_curves({"cosine to the full meta-gradient": (steps, cosines)}, "cosine")
+    else:
+        numbers["left_out"] = [f"first order: algorithm {cfg.algorithm.name} has a derivative of its own, and no other"]
     return numbers, figures
 
 
@@ -209,7 +213,8 @@ def _per_example(cfg, learner, kept, logged):
                 figures[f"worst_{side}"] = figure
     if seen.queries is None:
         numbers["left_out"] = [
-            "gradients of single examples: they need a loss with per_example that is a gradient, and tasks of one size"
+            "gradients of single examples: they need a loss with per_example that is a gradient, tasks of one size, and an outer "
+            "loop that differentiates the query loss"
         ]
     return numbers, figures
 

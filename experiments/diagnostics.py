@@ -141,16 +141,19 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Seen]:
     """Compiled: (params, sampler, root key, meta-step) -> Seen."""
     objective, count = build.build_objective(cfg, learner.loss), cfg.diagnostics.per_example.tasks
     chunk = train.chunk_size("auto", count, learner.state.params)
+    carries, defines_update = hasattr(build.inner_loop(cfg), "carried"), getattr(objective, "defines_update", False)
 
     @jax.jit
     def measure(params, sampler, root, step) -> Seen:
         tasks = sampler(keys_for(root, "diagnostics/tasks", step, count))
         keys = keys_for(root, "diagnostics/objective", step, count)
         losses, gradients = per_task_gradients(objective, params, tasks, keys, step, chunk)
+        if carries:  # what an inner optimizer carries is no parameter
+            gradients = gradients.params
         found = statistics(gradients)
         layers = {name: (found.layer_norms[name].mean(), found.gsnr[name]) for name in found.gsnr}
         queries = None
-        of_examples = hasattr(learner.loss, "per_example") and not padded(tasks)
+        of_examples = hasattr(learner.loss, "per_example") and not padded(tasks) and not defines_update
         if of_examples and getattr(learner.loss, "is_gradient", True):
             queries = _queries(cfg, learner, params, tasks, keys, step)
         return Seen(tasks, losses, found.norms, found.cosines, found.noise, coherence(gradients), layers, queries)

@@ -12,7 +12,7 @@ from jax import lax
 
 from maml.random import keys_for
 from maml.sharding import mean_over_devices, tasks_each, tasks_mesh
-from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument, whole
+from maml.types import Key, MetaParams, Metrics, Objective, Params, Sampler, Task, as_argument, whole
 
 
 class MetaState(NamedTuple):
@@ -43,7 +43,8 @@ def meta_step(
     """One outer step: θ ← update(∇θ mean over tasks of objective(θ, task)); pure, not jitted.
 
     Tasks are a pure function of (state.key, state.step): a resumed run draws what an uninterrupted one draws. The metrics are
-    the objective's own, the mean outer loss as `objective` and the 2-norm of the meta-gradient as `gradient_norm`.
+    the objective's own, the mean outer loss as `objective` and the 2-norm of the meta-gradient as `gradient_norm` (over the
+    model's parameters alone where the objective defines the update: what Reptile's inner optimizer carries would be most of it).
 
     Args:
       meta_batch: tasks per meta-step.
@@ -71,7 +72,8 @@ def meta_step(
         grads, metrics = mean((state, as_argument(sampler) if mesh else sampler), keys, objective_keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = dict(metrics) | {"gradient_norm": optax.tree.norm(grads)}
+        of_model = getattr(objective, "defines_update", False) and isinstance(grads, MetaParams)
+        metrics = dict(metrics) | {"gradient_norm": optax.tree.norm(grads.params if of_model else grads)}
         return MetaState(state.step + 1, state.key, params, opt_state), metrics
 
     return step

@@ -35,11 +35,11 @@ from maml.curvature import (
     update_singular_values,
 )
 from maml.derivatives import first_order, mixed, reverse
-from maml.inner_loop import only, per_step, unroll
+from maml.inner_loop import learned_step_sizes, only, per_step, unroll
 from maml.losses import cross_entropy, mse, semi_gradient, td0
 from maml.models import MLP, functional
 from maml.objectives import query_loss
-from maml.types import Task
+from maml.types import Task, initial
 from tests.helpers import Quadratic, gradient_descent, quadratic_loss, quadratics, random_like, twins
 
 KEY = jax.random.key(0)
@@ -213,6 +213,13 @@ def test_a_semi_gradient_has_no_hessian():
             refused(td0(lambda p, x: x @ p, target="stop"), jnp.ones((2, 3)), KEY)  # its steps are TD(0)'s too
     with pytest.raises(ValueError, match="semi-gradient"):
         adaptation_path(unroll(optax.sgd(0.1), 1), bootstrapped, jnp.ones(3), jnp.ones((2, 3)), KEY)
+
+    def penalized(params, batch, key):
+        value, metrics = bootstrapped(params, batch, key)
+        return value + params @ params, metrics
+
+    with pytest.raises(ValueError, match="semi-gradient: its Jacobian is not symmetric"):
+        hvp(of_loss(penalized, jnp.ones((2, 3)), KEY), jnp.ones(3))
 
 
 # Lanczos.
@@ -423,6 +430,12 @@ def test_first_order_beside_the_full_meta_gradient():
     assert found.norm_ratio == pytest.approx(np.linalg.norm(cut) / np.linalg.norm(full))
 
 
+def test_small_gradients_have_a_cosine_too():
+    """In float32 the product of their squares is 0."""
+    found = first_order_comparison(lambda p: 1e-12 * p @ p, lambda p: 2e-12 * p @ p, jnp.array([1.0, 2.0]))
+    assert (float(found.cosine), float(found.norm_ratio)) == pytest.approx((1.0, 2.0), rel=1e-5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_two_over_the_largest_eigenvalue_is_where_gradient_descent_begins_to_diverge():
     support = jax.tree.map(jnp.asarray, R2_TASK.support)
@@ -481,6 +494,9 @@ def test_the_update_jacobian_of_a_quadratic_is_its_closed_form():
         np.testing.assert_allclose(ours, exact, atol=1e-12)
         few = largest_update_singular_values(unroll(optax.sgd(0.3), 4, derivative), *arguments, k=4, key_start=KEY)
         np.testing.assert_allclose(few, exact, atol=1e-7)
+    learning = learned_step_sizes(4, 0.3)  # its own parameters are not θ₀
+    ours = update_singular_values(learning, quadratic_loss, initial(learning, params, KEY), task.support, KEY)
+    np.testing.assert_allclose(ours, exact, atol=1e-12)
     with pytest.raises(ValueError, match="Jacobian of 4 parameters takes 1.28e-07 GB, over limit=1e-08 GB"):
         update_singular_values(unroll(optax.sgd(0.3), 4), *arguments, limit=10.0)
 

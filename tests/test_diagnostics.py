@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, diagnostics, pictures, run
+from experiments import build, curvature, diagnostics, pictures, run
 from maml import train
 from maml.random import keys_for
 from maml.tasks import images
@@ -176,6 +176,54 @@ def test_influence_is_there_under_first_order_too():
     assert exact.metrics[name] == pytest.approx(first.metrics[name], rel=1e-3)
     assert exact.metrics[name] != 0
     assert exact.images == {}
+
+
+def test_before_the_order_is_annealed_what_is_exact_is_exact():
+    cfg = config(*SMALL, "+algorithm.first_order_until=1000", "algorithm.steps=3", "algorithm.step_size=0.05")
+    learner = build.learner(cfg)
+    task = jax.tree.map(lambda x: x[0], learner.sampler(jax.random.split(jax.random.key(1), 1)))
+    at = learner.state.params, task, jax.random.key(2), jnp.zeros((), jnp.int32)
+    for name in ("reverse", "first_order"):
+        one, plain = (
+            jax.grad(build.build_objective(build.with_derivative(c, name), learner.loss), has_aux=True)(*at)[0]
+            for c in (cfg, config(*SMALL, "algorithm.steps=3", "algorithm.step_size=0.05"))
+        )
+        jax.tree.map(np.testing.assert_array_equal, one, plain)
+    seen = curvature.measurement(cfg, learner)(learner.state.params, as_argument(learner.sampler), *at[2:])
+    assert seen.comparison.norm_ratio != 1
+
+
+def test_what_reptile_carries_is_no_gradient_and_its_queries_have_none():
+    """Adam's counter moves by the number of inner steps, alike in all tasks: it would be nearly all of every number."""
+    cfg = config(*SMALL, "algorithm=reptile", "optimizer=reptile")
+    learner = build.learner(cfg)
+    state, sampler = learner.state, as_argument(learner.sampler)
+    seen = diagnostics.measurement(cfg, learner)(state.params, sampler, state.key, state.step)
+    assert seen.queries is None
+    tasks = learner.sampler(keys_for(state.key, "diagnostics/tasks", state.step, 8))
+    keys = keys_for(state.key, "diagnostics/objective", state.step, 8)
+    objective = build.build_objective(cfg, learner.loss)
+    pairs = [jax.tree.map(lambda x, i=i: x[i], (tasks, keys)) for i in range(8)]
+    gradients = [jax.grad(objective, has_aux=True)(state.params, *pair, state.step)[0] for pair in pairs]
+    norms = [np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(one.params))) for one in gradients]
+    np.testing.assert_allclose(seen.norms, norms, rtol=1e-5)
+    assert max(norms) < 1 < np.abs(jax.tree.leaves(gradients[0].inner)[0]).max()
+    _, metrics = jax.jit(learner.step)(state, sampler)
+    assert metrics["gradient_norm"] < 1
+
+
+def test_what_has_a_derivative_of_its_own_is_not_compared_with_first_order():
+    cfg = config(*SMALL, "algorithm=imaml", "algorithm.steps=2")
+    learner = build.learner(cfg)
+    state, sampler = learner.state, as_argument(learner.sampler)
+    seen = curvature.measurement(cfg, learner)(state.params, sampler, state.key, state.step)
+    assert seen.comparison is None
+    assert not [name for name in curvature.scalars(cfg, seen) if "first_order" in name]
+
+
+def test_a_step_size_in_factors_is_not_compared_with_that_of_the_weights():
+    assert curvature.sgd_step_size(config(*SMALL, "algorithm=lora")) is None
+    assert curvature.sgd_step_size(config(*SMALL)) == 0.001
 
 
 def test_of_images_the_worst_are_shown(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from maml.derivatives import first_order, mixed, reverse
-from maml.inner_loop import minibatches, only, target_network, unroll
+from maml.inner_loop import minibatches, only, per_step, target_network, unroll
 from maml.losses import cross_entropy, mse, semi_gradient, td0
 from maml.models import MLP, Conv4, functional
 from maml.objectives import query_loss
@@ -301,6 +301,14 @@ def test_first_order_differs_from_second_order_on_a_network():
     grads = [meta_gradient(unroll(optax.sgd(0.5), 1, d), loss, params, image_task(7)) for d in (reverse, first_order)]
     differences = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, grads), strict=True)]
     assert max(differences) > 1e-3
+
+
+def test_filters_by_type_or_tag_are_refused():
+    """They see arrays, so that one selects nothing, and its opposite everything."""
+    for where in (nnx.Param, nnx.Not(nnx.Param), nnx.Any("tag", nnx.PathContains("head")), nnx.Not(nnx.All(nnx.Param))):
+        for make in (only, lambda where, loop: per_step(where, 2, loop)):
+            with pytest.raises(ValueError, match="filters by type or tag see arrays, which have none; give paths"):
+                make(where, unroll(optax.sgd(0.1), 1))
 
 
 def test_only_moves_what_it_selects_and_differentiates_the_rest():

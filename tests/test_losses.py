@@ -8,9 +8,9 @@ import pytest
 
 from maml.derivatives import first_order, mixed, reverse, truncated
 from maml.implicit import implicit
-from maml.inner_loop import only, unroll
+from maml.inner_loop import low_rank, only, unroll
 from maml.losses import cross_entropy, mse, partitioned, semi_gradient, td0
-from maml.types import Transitions
+from maml.types import Transitions, initial
 from tests.helpers import central_difference, dot, random_like
 
 KEY = jax.random.key(0)
@@ -187,6 +187,38 @@ def test_a_loss_that_is_made_of_td0_has_its_meta_gradient(remat):
         unroll(optax.sgd(0.1), 3, mixed)(loss, THETA, STEP, KEY)
     with pytest.raises(ValueError, match="implicit: a semi-gradient is the gradient of no loss"):
         implicit(unroll(optax.sgd(0.1), 3))(loss, THETA, STEP, KEY)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("moving", ["only", "low_rank", "partitioned"])
+def test_a_loss_that_is_made_of_td0_has_its_meta_gradient_where_a_part_moves(moving):
+    """What stays is traced by the outer derivative alone, and the target depends on it all the same."""
+
+    def values(params, states):
+        return jnp.tanh(states @ params["w"]) @ params["v"] + params["b"]
+
+    of_td = td0(values, 0.9)
+    params = {"w": jnp.cos(jnp.arange(12.0)).reshape(3, 4), "v": jnp.sin(jnp.arange(4.0)), "b": jnp.array(0.5)}
+
+    def wrapped(params, batch, key):
+        return of_td(params, batch, key)
+
+    loss, loop = wrapped, unroll(optax.sgd(0.1), 2)
+    if moving == "only":
+        loop = only(lambda path, _: path[0] == "w", loop)
+    if moving == "low_rank":
+        loop = low_rank(4, loop, where="w")
+    if moving == "partitioned":
+        loss = partitioned({"w|b": wrapped, "v": wrapped})
+    fixed = initial(loop, params, KEY)
+    states, targets = jnp.cos(jnp.arange(6.0)).reshape(2, 3), jnp.array([0.3, -0.2])
+
+    def program(params):
+        start = fixed._replace(params=params) if moving == "low_rank" else params
+        return mse(values)(loop(loss, start, STEP, KEY).params, (states, targets), KEY)[0]
+
+    found, direction = jax.grad(program)(params), random_like(1, params)
+    assert dot(found, direction) == pytest.approx(central_difference(program, params, direction), rel=1e-6)
 
 
 @pytest.mark.usefixtures("x64")

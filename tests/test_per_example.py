@@ -13,7 +13,7 @@ from flax import nnx
 from maml.derivatives import first_order, mixed, reverse
 from maml.inner_loop import unroll, with_prototypes
 from maml.losses import cross_entropy, mse, partitioned, semi_gradient, td0
-from maml.models import MLP, Conv4, functional
+from maml.models import MLP, Conv4, functional, quantize
 from maml.objectives import query_loss
 from maml.per_example import (
     COSINE_BINS,
@@ -30,6 +30,7 @@ from maml.per_example import (
     statistics,
     weighted,
 )
+from maml.quantization import uniform
 from maml.types import Task, Transitions
 from tests.helpers import Quadratic, closed_form, gradient_descent, quadratic_loss, quadratics
 
@@ -375,3 +376,16 @@ def test_only_means_over_examples_can_be_weighted():
         weighted(quadratic_loss)
     with pytest.raises(ValueError, match="no semi-gradient"):
         weighted(semi_gradient(lambda p, t, b, k: (p, {})))  # noqa: ARG005
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("axis", "alone"), [(None, False), (0, True)])
+def test_inputs_that_are_quantized_by_the_range_of_the_batch_are_its_statistics(axis, alone):
+    model = MLP((2,), 1, hidden=(5,), rngs=nnx.Rngs(1))
+    apply, params = functional(quantize(model, inputs=uniform(3, symmetric=False, axis=axis)))
+    assert apply.batch_statistics is not alone
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(6, 2)))
+    loss, params, batch = mse(apply), wide(params), (x, x.sum(1, keepdims=True))
+    _, rows = per_example_gradients(loss, params, batch, KEY)
+    whole = jax.grad(lambda p: loss(p, batch, KEY)[0])(params)
+    jax.tree.map(lambda r, w: np.testing.assert_allclose(r.mean(0), w, atol=1e-12), rows, whole)

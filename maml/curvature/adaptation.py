@@ -119,6 +119,7 @@ def update_singular_values(
     Raises:
       ValueError: where the Jacobian would take more than `limit` bytes.
     """
+    adapt, params = _of_model(adapt, params)
     flat, unravel = ravel_pytree(params)
     if (needed := flat.size**2 * flat.dtype.itemsize) > limit:
         raise ValueError(
@@ -136,12 +137,20 @@ def largest_update_singular_values(
     adapt: Adapt, loss: Loss, params: Params, support: Batch, key: Key, k: int, key_start: Key
 ) -> Float[Array, " k"]:
     """The same from k Lanczos steps on JᵀJ, in descending order: the first are those of J."""
+    adapt, params = _of_model(adapt, params)
     at, pull = jax.vjp(lambda p: adapt(loss, p, support, key).params, params)
     push = jax.vjp(lambda u: pull(u)[0], at)[
         1
     ]  # J v without forward mode, which `derivatives.mixed` and iMAML have not
     spectrum = lanczos(lambda v: pull(push(v)[0])[0], params, k, key_start)
     return jnp.sqrt(jnp.maximum(spectrum.values[::-1], 0))
+
+
+def _of_model(adapt: Adapt, params: Params) -> tuple[Adapt, Params]:
+    """The inner loop as a function of the model's parameters alone, those of its own as they are; and these parameters."""
+    if not isinstance(params, MetaParams):
+        return adapt, params
+    return lambda loss, start, support, key: adapt(loss, params._replace(params=start), support, key), params.params
 
 
 class Comparison(NamedTuple):
@@ -155,5 +164,5 @@ def first_order_comparison(full: Function, first_order: Function, params: Params
     """What first order drops: two objectives of the meta-parameters whose inner loops differ in their derivative alone."""
     a, b = jax.grad(full)(params), jax.grad(first_order)(params)
     squares: Any = dot(a, a), dot(b, b)
-    norm = jnp.sqrt(squares[0] * squares[1])
+    norm = jnp.sqrt(squares[0]) * jnp.sqrt(squares[1])  # the product of the squares would be 0 of small gradients
     return Comparison(dot(a, b) / jnp.where(norm > 0, norm, 1), jnp.sqrt(squares[1] / squares[0]))

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from maml.curvature.matrices import Function
+from maml.derivatives import holds_semi_gradient
 from maml.types import Batch, Key, Loss, Params
 
 Matvec = Callable[[Params], Params]
@@ -18,14 +19,24 @@ def of_loss(loss: Loss, batch: Batch, key: Key) -> Function:
     """The loss on one batch as a function of the parameters alone.
 
     Raises:
-      ValueError: for a semi-gradient, which is no gradient: its Jacobian is not symmetric, and has no Hessian.
+      ValueError: for a semi-gradient, which is no gradient: its Jacobian is not symmetric, and has no Hessian; when traced, for
+        a loss that is made of one.
     """
     if not getattr(loss, "is_gradient", True):
-        raise ValueError(
-            "curvature of a semi-gradient: its Jacobian is not symmetric, so Lanczos and 2/λmax do not apply; take jax.jacfwd of "
-            "derivatives.reverse(loss), and the spectral radius of I - αJ"
-        )
-    return lambda params: loss(params, batch, key)[0]
+        raise ValueError(_NO_GRADIENT)
+
+    def value(params):
+        if holds_semi_gradient(jax.make_jaxpr(loss)(params, batch, key).jaxpr):
+            raise ValueError(_NO_GRADIENT)
+        return loss(params, batch, key)[0]
+
+    return value
+
+
+_NO_GRADIENT = (
+    "curvature of a semi-gradient: its Jacobian is not symmetric, so Lanczos and 2/λmax do not apply; take jax.jacfwd of "
+    "derivatives.reverse(loss), and the spectral radius of I - αJ"
+)
 
 
 def over_batches(loss: Loss, batches: Batch, key: Key, weights: Float[Array, " batches"] | None = None) -> Function:

@@ -21,9 +21,10 @@ def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
     pytree that is no `nnx.State` are its dict keys, indices and field names.
 
     Raises:
-      ValueError: when the adapted loop starts, if the filter selects nothing; with `strict` also if it selects everything.
+      ValueError: for a filter by type or tag: arrays have none. When the adapted loop starts, if the filter selects nothing; with
+        `strict` also if it selects everything.
     """
-    selects = nnx.filterlib.to_predicate(where)
+    selects = _by_path(where)
 
     def split(params: Params) -> tuple[Params, Callable[[Params], Params]]:
         leaves, structure = jax.tree.flatten_with_path(params)
@@ -61,6 +62,19 @@ def only(where: Any, adapt: Adapt, *, strict: bool = False) -> Adapt:
     partial_adapt.init, partial_adapt.first_row = init, seen_first
     partial_adapt.moves_part = True
     return partial_adapt
+
+
+def _by_path(where: Any) -> Callable[[tuple, Any], bool]:
+    """The filter as a predicate of paths and arrays."""
+    predicate = nnx.filterlib.to_predicate(where)
+    parts = [predicate]
+    for part in parts:
+        if isinstance(part, nnx.filterlib.OfType | nnx.filterlib.WithTag):
+            raise ValueError(
+                f"where={where!r}: filters by type or tag see arrays, which have none; give paths, such as nnx.PathContains"
+            )
+        parts += [part.predicate] if isinstance(part, nnx.Not) else getattr(part, "predicates", ())
+    return predicate
 
 
 def first_row(adapt: Adapt) -> Callable[[Params], Params]:
@@ -192,7 +206,7 @@ def per_step(where: Any, rows: int, adapt: Adapt) -> Adapt:
     """
     if not whole(rows, 0):
         raise ValueError(f"rows={rows!r}: give a row for each inner step, 0 or more")
-    selects = nnx.filterlib.to_predicate(where)
+    selects = _by_path(where)
 
     def on_rows(f, params):
         """f of each leaf that has rows, in the parameters of the model."""

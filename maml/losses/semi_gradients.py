@@ -24,28 +24,34 @@ def semi_gradient(two_argument: Callable[[Params, Params, Batch, Key], tuple[jax
     """
 
     def loss(params, batch, key):
-        return two_argument(params, jax.tree.map(_stopped_once, params), batch, key)
+        return two_argument(params, _stopped_once(params), batch, key)
 
     loss.two_argument, loss.is_gradient = two_argument, False
     return loss
 
 
 @jax.custom_jvp
-def _held(x):
-    return x
+def _held(leaves):
+    return leaves
 
 
 @_held.defjvp
 def _(primals, tangents):
-    return primals[0], jnp.zeros_like(tangents[0])
+    return primals[0], jax.tree.map(jnp.zeros_like, tangents[0])
 
 
-def _stopped_once(x: ArrayLike) -> ArrayLike:
-    """A constant for the innermost derivative, and x for those around it."""
-    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return x
+def _stopped_once(params: Params) -> Params:
+    """A constant for the innermost derivative of any of its leaves, and itself for those around it.
+
+    All leaves together: those that an inner loop leaves alone meet the outer derivative first.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    inexact = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     with jax.named_scope(SEMI_GRADIENT):  # by which others know that a loss is made of one
-        return _held(x)
+        held = _held([leaves[i] for i in inexact])
+    for i, x in zip(inexact, held, strict=True):
+        leaves[i] = x
+    return structure.unflatten(leaves)
 
 
 TARGETS = ("full", "stop")

@@ -19,7 +19,8 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
     every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit; with
     `Joint` in one batch with the reference inputs. Of `Padded` inputs batch norm takes those that are present.
-    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm. Its method `features`, if any,
+    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm, or another
+    module that says so of itself. Its method `features`, if any,
     is `apply.features(params, inputs)`: what its head sees.
 
     Raises:
@@ -86,7 +87,8 @@ def pure(model: nnx.Module, call: Callable[[Any, Any], Any]) -> tuple[Apply, Par
         return lax.map(alone, inputs)
 
     apply.takes_conditioned = True
-    apply.batch_statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_graph(model))
+    parts = [module for _, module in nnx.iter_graph(model)]
+    apply.batch_statistics = any(isinstance(x, nnx.BatchNorm) or getattr(x, "batch_statistics", False) for x in parts)
     return apply, params
 
 

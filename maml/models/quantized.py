@@ -20,6 +20,11 @@ class QuantizedProduct(nnx.Module):
         self.product, self.kernels, self.inputs = product, kernels, inputs
         self.scale = nnx.Param(init(kernel)) if (init := getattr(kernels, "init", None)) else None
 
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether inputs are quantized by a range over the batch."""
+        return self.inputs is not None and not getattr(self.inputs, "alone", False)
+
     def __call__(self, inputs, kernel, *args, **kwargs):
         if self.inputs is not None:  # a quantizer takes the first axis for the examples
             inputs = self.inputs(inputs) if inputs.ndim > 1 else self.inputs(inputs[None])[0]

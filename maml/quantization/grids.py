@@ -65,7 +65,8 @@ def uniform(
         step, zero = (lax.stop_gradient(a).astype(x.dtype) for a in grid(wide(x)))
         return _where_inside(x, (low - zero) * step, (high - zero) * step)
 
-    return Quantizer(encode, (low - 0.5, high + 0.5), inside if clip else identity)
+    alone = scale is not None or axis == 0
+    return Quantizer(encode, (low - 0.5, high + 0.5), inside if clip else identity, alone)
 
 
 def binary(axis: int | None = None, clip: bool = False) -> Quantizer:
@@ -79,7 +80,8 @@ def binary(axis: int | None = None, clip: bool = False) -> Quantizer:
         codes = jnp.where(x >= 0, 1, -1).astype(jnp.int8)
         return Codes(codes, jnp.mean(jnp.abs(wide(x)), _others(x, axis), keepdims=True), jnp.zeros((), jnp.int32))
 
-    return Quantizer(encode, (-2.0, 2.0), (lambda x: _where_inside(x, -1.0, 1.0)) if clip else identity)
+    surrogate = (lambda x: _where_inside(x, -1.0, 1.0)) if clip else identity
+    return Quantizer(encode, (-2.0, 2.0), surrogate, axis == 0)
 
 
 def ternary(axis: int | None = None) -> Quantizer:
@@ -93,7 +95,7 @@ def ternary(axis: int | None = None) -> Quantizer:
         scale = jnp.sum(jnp.where(large, size, 0), over, keepdims=True) / count.astype(size.dtype)
         return Codes(jnp.where(large, jnp.sign(x), 0).astype(jnp.int8), scale, jnp.zeros((), jnp.int32))
 
-    return Quantizer(encode, (-1.5, 1.5))
+    return Quantizer(encode, (-1.5, 1.5), alone=axis == 0)
 
 
 def _symmetric(x, axis, low, high):

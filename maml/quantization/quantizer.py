@@ -61,11 +61,13 @@ class Quantizer:
     `encode(x, key)` gives the `Codes`; scales found from x are in there, and so are constants of the derivative. `within`: the
     least and the largest x / scale + zero_point that is nowhere clipped, half a step beyond the codes at the ends.
     `key` is for stochastic rounding alone: give the forward pass and its gradient the same, every inner step another.
+    `alone`: no example, of the first axis, changes the codes of another.
     """
 
     encode: Callable[..., Codes]
     within: tuple[float, float]
     surrogate: Callable = identity
+    alone: bool = False
 
     def __call__(self, x, key=None):
         return straight_through(lambda x: decode(self.encode(x, key)).astype(x.dtype), self.surrogate)(x)
