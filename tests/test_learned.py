@@ -638,3 +638,15 @@ def test_loops_of_maml_pp_agree_with_central_differences():
     meta = initial(adapt, params, KEY)
     meta = jax.tree.map(jnp.add, meta, jax.tree.map(lambda x: 0.1 * x, random_like(2, meta)))  # rows that differ
     check_gradient(query_loss(mse(apply), adapt), meta, regression())
+
+
+def test_a_state_that_keeps_the_hyperparameters_of_the_first_step_is_refused():
+    """Later rows would not be read; of one row for all steps, and of states without hyperparameters, there is no such thing."""
+    params, keeping = {"w": jnp.ones(3)}, optax.inject_hyperparams(optax.sgd)
+    with pytest.raises(
+        ValueError, match="per_step: the state of this optimizer keeps the hyperparameters of the first step"
+    ):
+        initial(learned_hyperparameters(2, keeping, {"learning_rate": 0.1}, per_step=True), params, KEY)
+    initial(learned_hyperparameters(2, keeping, {"learning_rate": 0.1}), params, KEY)
+    for optimizer in (optax.adam, optax.adamw, optax.rmsprop, partial(optax.sgd, momentum=0.9)):
+        initial(learned_hyperparameters(2, optimizer, {"learning_rate": 0.1}, per_step=True), params, KEY)

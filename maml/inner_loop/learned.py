@@ -62,8 +62,8 @@ def learned_hyperparameters(
 
     Raises:
       ValueError: as `unroll`, for another `per`, no hyperparameters, one that is no number or that `optimizer` does not take, and
-        a positive one that does not start above 0; when initialised, for a flag or a count of the optimizer; when traced, for
-        more steps than were learned.
+        a positive one that does not start above 0; when initialised, for a flag or a count of the optimizer, and with `per_step`
+        for an optimizer whose state keeps hyperparameters; when traced, for more steps than were learned.
     """
     _check_per(per)
     for name, value in initial.items():
@@ -101,6 +101,11 @@ def learned_hyperparameters(
                 raise ValueError(
                     f"initial: {name} is a flag or a count of this optimizer, and is not learned"
                 ) from error
+        if per_step and _keeps(lambda h: optimizer(**h).init(params), dict(initial)):
+            raise ValueError(
+                "per_step: the state of this optimizer keeps the hyperparameters of the first step (optax.inject_hyperparams?), "
+                "and later rows would not be read; give the optimizer itself"
+            )
         dtype = jnp.result_type(*jax.tree.leaves(params))
 
         def every(value, x):
@@ -111,6 +116,16 @@ def learned_hyperparameters(
         return jax.tree.map(jnp.log, start) if positive else start
 
     return learned(make, init)
+
+
+def _keeps(f: Callable[[Any], Any], value: Any) -> bool:
+    """Whether anything in f(value) depends on the value."""
+    jaxpr = jax.make_jaxpr(f)(value).jaxpr
+    reached = {id(x) for x in jaxpr.invars}
+    for eqn in jaxpr.eqns:
+        if any(id(x) in reached for x in eqn.invars):
+            reached |= {id(x) for x in eqn.outvars}
+    return any(id(x) in reached for x in jaxpr.outvars)
 
 
 def _by_step(make: Callable[[Any], optax.GradientTransformation], rows: Any) -> optax.GradientTransformation:

@@ -19,9 +19,8 @@ def functional(model: nnx.Module) -> tuple[Apply, Params]:
     average is kept. With `Conditioned(params, reference)` the statistics are those of a pass over the reference inputs, and
     every input is predicted in a batch of its own, so that a prediction cannot depend on the other inputs, not by a bit; with
     `Joint` in one batch with the reference inputs. Of `Padded` inputs batch norm takes those that are present.
-    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm, or another
-    module that says so of itself. Its method `features`, if any,
-    is `apply.features(params, inputs)`: what its head sees.
+    The module itself is left as it was. `apply.batch_statistics` says whether it holds batch norm, or another module that says so
+    of itself (`batch_statistics`). Its method `features`, if any, is `apply.features(params, inputs)`: what its head sees.
 
     Raises:
       ValueError: for what is no NNX module; for one that holds random state (dropout; not a recurrent cell's, whose carry starts
