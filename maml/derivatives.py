@@ -170,8 +170,10 @@ def holds_semi_gradient(jaxpr: Any) -> bool:
 def in_bfloat16(derivative: Derivative) -> Derivative:
     """The same derivative of a loss that is computed in bfloat16; parameters, gradients and updates stay as wide as they are.
 
-    Parameters and batch are rounded at each inner step. A meta-gradient can be far more sensitive than a gradient: at a random
-    Conv-4 with batch norm a relative change of 2⁻⁹ of the parameters alone turns it by 15 degrees.
+    Parameters and batch are rounded at each inner step. What the loss closes over (what `only` leaves alone) and the statistics
+    of batch norm stay wide, and so do the products that they are in: where the head alone moves, none is in bfloat16. A
+    meta-gradient can be far more sensitive than a gradient: at a random Conv-4 with batch norm a relative change of 2⁻⁹ of the
+    parameters alone turns it by 15 degrees.
     """
 
     def rounded(loss: Loss) -> Gradient:
