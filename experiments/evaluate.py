@@ -41,9 +41,8 @@ def changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     typed = OmegaConf.structured(schema.Evaluation)
     cfg.evaluation = OmegaConf.merge(typed, cfg.evaluation)  # with the keys that an older run had not
-    for override in sorted(
-        overrides, key=lambda text: not text.startswith("evaluation=")
-    ):  # the group first, as in Hydra
+    # The group first, as in Hydra.
+    for override in sorted(overrides, key=lambda text: not text.startswith("evaluation=")):
         key, separator, value = override.partition("=")
         if key == "checkpoints":
             continue
@@ -153,12 +152,10 @@ def written(directory: Path, overrides: Sequence[str]) -> str:
     summary = evaluate_run(directory, overrides)
     (directory / "evaluations").mkdir(exist_ok=True)
     newest = summary["step"] == max(Checkpoints(directory / "checkpoints").steps())
-    which = next(
-        (text.partition("=best")[2] for text in summary["overrides"] if text.startswith("checkpoints=best")), ""
-    )
+    best = [text.partition("=")[2] for text in summary["overrides"] if text.startswith("checkpoints=best")]
     name = summary["protocol_hash"]
     if "ensemble" not in summary["protocol"]:
-        name += f"-best{which}" if which else "" if newest else f"-{summary['step']}"
+        name += f"-{best[-1]}" if best else "" if newest else f"-{summary['step']}"
     path = directory / "evaluations" / f"{name}.json"
     results.save(path, summary | {"metrics": _with_those_of(path, summary)})
     return results.table(summary)
