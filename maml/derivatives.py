@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad
 
-from maml.types import SEMI_GRADIENT, Batch, Key, Loss, Metrics, Params, whole
+from maml.types import Batch, Key, Loss, Metrics, Params, equations, holds_semi_gradient, whole
 
 Gradient = Callable[[Params, Batch, Key], tuple[Params, Metrics]]
 Derivative = Callable[[Loss], Gradient]
@@ -150,21 +150,6 @@ def _without_forward_mode(jaxpr: Any) -> Iterator[str]:
             yield getattr(info, "func_name", None) or eqn.primitive.name
         elif eqn.primitive.name == "pure_callback" or (not jaxprs and eqn.primitive not in ad.primitive_jvps):
             yield eqn.primitive.name
-
-
-def equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
-    """Each equation with the jaxprs it holds, and so on inside of them."""
-    for eqn in jaxpr.eqns:
-        inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
-        jaxprs = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
-        yield eqn, jaxprs
-        for inner in jaxprs:
-            yield from equations(inner)
-
-
-def holds_semi_gradient(jaxpr: Any) -> bool:
-    """Whether a loss is made of a semi-gradient as of any other function, so that its own attributes do not tell."""
-    return any(SEMI_GRADIENT in str(eqn.source_info.name_stack) for eqn, _ in equations(jaxpr))
 
 
 def in_bfloat16(derivative: Derivative) -> Derivative:

@@ -9,8 +9,7 @@ import optax
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from maml.derivatives import holds_semi_gradient
-from maml.types import Adapt, Adapted, Loss, Params, Trace, whole
+from maml.types import Adapt, Adapted, Loss, Params, Trace, holds_semi_gradient, whole
 
 
 def implicit(search: Adapt, strength: float | jax.Array = 1.0, *, cg_steps: int = 5, damping: float = 0.0) -> Adapt:

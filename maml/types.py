@@ -4,7 +4,7 @@ Everything is written for one task. Many tasks are a map (`jax.vmap`, a sequenti
 execution and never of mathematics, so no signature here has a batch-of-tasks axis except the sampler's result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import jax
@@ -222,3 +222,18 @@ class Sampler(Protocol):
 def as_argument(sampler: Sampler) -> Sampler:
     """A sampler as a pytree, so that the arrays it holds enter a compiled program as arguments, not as constants."""
     return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
+
+
+def equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
+    """Each equation with the jaxprs it holds, and so on inside of them."""
+    for eqn in jaxpr.eqns:
+        inner = [x for p in eqn.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
+        jaxprs = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+        yield eqn, jaxprs
+        for inner in jaxprs:
+            yield from equations(inner)
+
+
+def holds_semi_gradient(jaxpr: Any) -> bool:
+    """Whether a loss is made of a semi-gradient as of any other function, so that its own attributes do not tell."""
+    return any(SEMI_GRADIENT in str(eqn.source_info.name_stack) for eqn, _ in equations(jaxpr))

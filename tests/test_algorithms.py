@@ -16,12 +16,12 @@ from experiments import build, evaluate
 from experiments import run as program
 from experiments.program import of_experiment, of_experiment_at_test
 from maml import train
-from maml.derivatives import equations, first_order
+from maml.derivatives import first_order
 from maml.inner_loop import learned_step_sizes, only, per_step, unroll, with_prototypes
 from maml.losses import cross_entropy
 from maml.models import MLP, functional
 from maml.objectives import annealed, annealed_weights, multi_step_loss, parameter_distance, query_loss, switched
-from maml.types import Task, initial
+from maml.types import Task, equations, initial
 from tests.helpers import quadratic_loss, quadratics, twins
 from tests.programs import ROOT, SMALL, config, main, summary
 

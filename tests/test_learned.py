@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from maml.derivatives import equations, first_order, mixed, reverse
+from maml.derivatives import first_order, mixed, reverse
 from maml.inner_loop import (
     carried_state,
     from_zero,
@@ -27,7 +27,7 @@ from maml.inner_loop.parts import first_row
 from maml.losses import cross_entropy, mse
 from maml.models import MLP, functional
 from maml.objectives import parameter_distance, query_loss
-from maml.types import MetaParams, Task, initial, roles
+from maml.types import MetaParams, Task, equations, initial, roles
 from tests.helpers import Quadratic, central_difference, closed_form, dot, quadratic_loss, quadratics, random_like
 
 KEY = jax.random.key(0)

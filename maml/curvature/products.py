@@ -9,8 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from maml.curvature.matrices import Function
-from maml.derivatives import holds_semi_gradient
-from maml.types import Batch, Key, Loss, Params
+from maml.types import Batch, Key, Loss, Params, holds_semi_gradient
 
 Matvec = Callable[[Params], Params]
 

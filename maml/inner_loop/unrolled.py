@@ -9,8 +9,8 @@ import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from maml.derivatives import Derivative, Truncated, equations, in_bfloat16, pieces, reverse
-from maml.types import Adapt, Adapted, Indexed, Loss, Params, Trace, numbers, whole
+from maml.derivatives import Derivative, Truncated, in_bfloat16, pieces, reverse
+from maml.types import Adapt, Adapted, Indexed, Loss, Params, Trace, equations, numbers, whole
 
 _GRADIENT = "inner_gradient"
 """The name under which rematerialisation finds what it keeps."""
