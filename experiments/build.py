@@ -180,7 +180,7 @@ def data_read(cfg: DictConfig) -> dict[str, Any]:
     """What the data are where the task's settings say only where they lie: digests of a folder's images, of a list of classes."""
     task = cfg.task
     where = task.get("class_split")
-    if task.get("_target_") == "maml.tasks.image_folder":
+    if str(task.get("_target_")) in ("maml.tasks.image_folder", "maml.tasks.images.image_folder"):
         return {"class_split": None, "data": folder_digest(task.data_dir, where)}
     if where and where not in (*splits.SHA256, *splits.WIDER):
         return {"class_split": splits.digest(splits.read_split(where))[:16]}

@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from maml.tasks.episodes import ClassImages
 
+DECODING = 2
+"""Of which kind decoded folders in the cache are: raise it where pixels change."""
+
 
 def decoder(size: int, mode: str, resample: Image.Resampling) -> Callable[[Any], np.ndarray]:
     """A function from encoded bytes, or a path, to uint8 [size, size, channels].

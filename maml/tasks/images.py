@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maml.tasks.decode import cache_folder, cached, decode_all, decoder, digest
+from maml.tasks.decode import DECODING, cache_folder, cached, decode_all, decoder, digest
 from maml.tasks.episodes import ClassImages, episodes, group, rotated_classes, select
 from maml.tasks.splits import ClassSplit, classes_of, files_of, read_split
 from maml.types import Sampler
@@ -297,6 +297,15 @@ def _folder_files(root: Path, where: str) -> dict[str, dict[str, list[Path]]]:
     Raises:
       ValueError: for an image that is listed twice: it could be in the support and the query set, or in training and test.
     """
+    lists = Path(where).expanduser()
+    told = [lists, *(lists.iterdir() if lists.is_dir() else ()), root, *root.iterdir()]
+    return _listed_files(root, where, tuple((path, path.stat().st_mtime_ns) for path in told if path.exists()))
+
+
+@functools.lru_cache(maxsize=2)  # of 60,000 images it takes seconds, and each sampler and protocol asks
+def _listed_files(root: Path, where: str, changed: tuple) -> dict[str, dict[str, list[Path]]]:
+    """`_folder_files` as they were when lists and folders had `changed`."""
+    del changed
     split, found = read_split(where), {}
     for part in ClassSplit._fields:
         listed = files_of(where, part)
@@ -350,5 +359,5 @@ def _folder_images(root: Path, files: list[list[Path]], size: int, channels: int
     def build() -> ClassImages:
         return group(decode_all(flat, decode, root.name, os.cpu_count()), labels, len(files))
 
-    key = digest(str(root), facts, labels.tolist(), size, channels, "16 bits and transparency are kept")
+    key = digest(str(root), facts, labels.tolist(), size, channels, DECODING)
     return cached(cache_folder(cache_dir) / f"{root.name}-{size}-{key}.npz", build)
