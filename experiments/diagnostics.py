@@ -37,7 +37,7 @@ from maml.per_example import (
     weighted,
 )
 from maml.random import keys_for
-from maml.types import MetaParams, Params, Task, as_argument, padded
+from maml.types import MetaParams, Params, Task, as_argument, of_model, padded
 
 Callback = Callable[[train.Progress], None]
 
@@ -141,15 +141,14 @@ def measurement(cfg: DictConfig, learner: build.Learner) -> Callable[..., Seen]:
     """Compiled: (params, sampler, root key, meta-step) -> Seen."""
     objective, count = build.build_objective(cfg, learner.loss), cfg.diagnostics.per_example.tasks
     chunk = train.chunk_size("auto", count, learner.state.params)
-    carries, defines_update = hasattr(build.inner_loop(cfg), "carried"), getattr(objective, "defines_update", False)
+    defines_update = getattr(objective, "defines_update", False)
 
     @jax.jit
     def measure(params, sampler, root, step) -> Seen:
         tasks = sampler(keys_for(root, "diagnostics/tasks", step, count))
         keys = keys_for(root, "diagnostics/objective", step, count)
         losses, gradients = per_task_gradients(objective, params, tasks, keys, step, chunk)
-        if carries:  # what an inner optimizer carries is no parameter
-            gradients = gradients.params
+        gradients = of_model(objective, gradients)
         found = statistics(gradients)
         layers = {name: (found.layer_norms[name].mean(), found.gsnr[name]) for name in found.gsnr}
         queries = None

@@ -12,7 +12,7 @@ from jax import lax
 
 from maml.random import keys_for
 from maml.sharding import mean_over_devices, tasks_each, tasks_mesh
-from maml.types import Key, MetaParams, Metrics, Objective, Params, Sampler, Task, as_argument, whole
+from maml.types import Key, Metrics, Objective, Params, Sampler, Task, as_argument, of_model, whole
 
 
 class MetaState(NamedTuple):
@@ -72,8 +72,7 @@ def meta_step(
         grads, metrics = mean((state, as_argument(sampler) if mesh else sampler), keys, objective_keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        of_model = getattr(objective, "defines_update", False) and isinstance(grads, MetaParams)
-        metrics = dict(metrics) | {"gradient_norm": optax.tree.norm(grads.params if of_model else grads)}
+        metrics = dict(metrics) | {"gradient_norm": optax.tree.norm(of_model(objective, grads))}
         return MetaState(state.step + 1, state.key, params, opt_state), metrics
 
     return step

@@ -224,6 +224,12 @@ def as_argument(sampler: Sampler) -> Sampler:
     return sampler if isinstance(sampler, jax.tree_util.Partial) else jax.tree_util.Partial(sampler)
 
 
+def of_model(objective: Objective, gradient: Params) -> Params:
+    """A meta-gradient, of an objective that defines an update the model's part: what a loop carries has none."""
+    carries = getattr(objective, "defines_update", False) and isinstance(gradient, MetaParams)
+    return gradient.params if carries else gradient
+
+
 def equations(jaxpr: Any) -> Iterator[tuple[Any, list]]:
     """Each equation with the jaxprs it holds, and so on inside of them."""
     for eqn in jaxpr.eqns:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import build, gradcheck, pictures, results, run
+from experiments import build, collect, gradcheck, pictures, results, run
 from experiments.program import BAD_INPUT
 from maml import train
 from maml.checkpoint import Checkpoints
@@ -441,6 +441,9 @@ def test_a_checkpoint_of_another_config(tmp_path):
     assert "of another config: optimizer.learning_rate was 0.001, is 0.5; seed was 0, is 1." in line
     assert "Give the old values or another directory" in line
     assert {p: p.read_bytes() for p in before} == before
+    named = collect.load(tmp_path / "run").overrides  # the refused command has renamed nothing
+    assert "trainer.meta_batch" in named
+    assert "optimizer.learning_rate" not in named
 
 
 # --- places to write ---

@@ -178,6 +178,15 @@ def test_influence_is_there_under_first_order_too():
     assert exact.images == {}
 
 
+def measured(part, *overrides: str):
+    """The config, the learner, and what a part of the diagnostics sees before the first step."""
+    cfg = config(*SMALL, *overrides)
+    learner = build.learner(cfg)
+    state = learner.state
+    seen = part.measurement(cfg, learner)(state.params, as_argument(learner.sampler), state.key, state.step)
+    return cfg, learner, seen
+
+
 def test_before_the_order_is_annealed_what_is_exact_is_exact():
     cfg = config(*SMALL, "+algorithm.first_order_until=1000", "algorithm.steps=3", "algorithm.step_size=0.05")
     learner = build.learner(cfg)
@@ -195,10 +204,8 @@ def test_before_the_order_is_annealed_what_is_exact_is_exact():
 
 def test_what_reptile_carries_is_no_gradient_and_its_queries_have_none():
     """Adam's counter moves by the number of inner steps, alike in all tasks: it would be nearly all of every number."""
-    cfg = config(*SMALL, "algorithm=reptile", "optimizer=reptile")
-    learner = build.learner(cfg)
-    state, sampler = learner.state, as_argument(learner.sampler)
-    seen = diagnostics.measurement(cfg, learner)(state.params, sampler, state.key, state.step)
+    cfg, learner, seen = measured(diagnostics, "algorithm=reptile", "optimizer=reptile")
+    state = learner.state
     assert seen.queries is None
     tasks = learner.sampler(keys_for(state.key, "diagnostics/tasks", state.step, 8))
     keys = keys_for(state.key, "diagnostics/objective", state.step, 8)
@@ -208,15 +215,12 @@ def test_what_reptile_carries_is_no_gradient_and_its_queries_have_none():
     norms = [np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(one.params))) for one in gradients]
     np.testing.assert_allclose(seen.norms, norms, rtol=1e-5)
     assert max(norms) < 1 < np.abs(jax.tree.leaves(gradients[0].inner)[0]).max()
-    _, metrics = jax.jit(learner.step)(state, sampler)
+    _, metrics = jax.jit(learner.step)(state, as_argument(learner.sampler))
     assert metrics["gradient_norm"] < 1
 
 
 def test_what_has_a_derivative_of_its_own_is_not_compared_with_first_order():
-    cfg = config(*SMALL, "algorithm=imaml", "algorithm.steps=2")
-    learner = build.learner(cfg)
-    state, sampler = learner.state, as_argument(learner.sampler)
-    seen = curvature.measurement(cfg, learner)(state.params, sampler, state.key, state.step)
+    cfg, _, seen = measured(curvature, "algorithm=imaml", "algorithm.steps=2")
     assert seen.comparison is None
     assert not [name for name in curvature.scalars(cfg, seen) if "first_order" in name]
 

@@ -354,6 +354,9 @@ def test_a_ledger_tells_where_and_with_what_a_run_was_trained(tmp_path):
     lines = [line[2:-2].split(" | ") for line in (tmp_path / "RESULTS.md").read_text().splitlines()]
     ends = [(line[1], *line[-3::2]) for line in lines if STEP_1 in line]
     assert sorted(ends) == [("evaluation=strict", "1 × cpu", "1.0"), ("–", "1 × cpu", "1.0")]
+    make_run(tmp_path / "runs/1", seed=1, versions={"jax": "0.9"})
+    report.report([str(tmp_path / "runs")], tmp_path / "report", None, tmp_path / "both.md")
+    assert "| 1 × cpu | 0:01:30 | 1.0, 0.9 |" in (tmp_path / "both.md").read_text()
 
 
 def test_an_unfinished_run_that_was_evaluated_has_a_row(tmp_path):
