@@ -1,6 +1,6 @@
 """Problems whose answers are known: quadratic losses, where every inner loop is a matrix."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -77,6 +77,8 @@ def dot(a, b) -> float:
 
 def twins(default: Collection, everything: Iterable) -> list:
     """Values of a parametrized test: those by default, and as slow ones the others, which tell less than they take."""
+    if isinstance(everything, Set):  # each worker of xdist would have another order, and the whole run would be refused
+        raise TypeError(f"a set has no order: sort {sorted(everything)}")
     return [
         x if x in default else pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow)
         for x in everything
