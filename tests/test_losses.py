@@ -50,6 +50,20 @@ def test_cross_entropy_refuses_labels_of_another_shape():
         cross_entropy(identity)(jnp.array(1.0), (jnp.ones((5, 2)), jnp.zeros((5, 1), int)), KEY)
 
 
+def test_losses_of_one_array_refuse_a_policy_s_two():
+    def policy(params, x):
+        return x * params, x
+
+    x = jnp.ones((5, 2))
+    for loss, batch in (
+        (mse, (x, x)),
+        (cross_entropy, (x, jnp.zeros(5, int))),
+        (td0, Transitions(x, x, x)),
+    ):
+        with pytest.raises(ValueError, match="returns a tuple"):
+            loss(policy)(jnp.array(1.0), batch, KEY)
+
+
 def test_the_second_derivative_of_cross_entropy_is_the_softmax_covariance():
     """log_softmax holds a stop_gradient; the Hessian must be diag(p) - ppᵀ all the same."""
     logits, label = jnp.array([0.3, -1.0, 2.0]), jnp.array([1])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from maml.losses.supervised import forward, mse, with_examples
+from maml.losses.supervised import mse, one_array, with_examples
 from maml.types import SEMI_GRADIENT, Apply, Batch, Key, Loss, Metrics, Params, Transitions, leaf_name
 
 
@@ -75,8 +75,8 @@ def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
         with three steps of the other sign. As a plain loss, such as an outer one, both follow ∂₁L.
 
     Raises:
-      ValueError: for another `target`, a discount that is no scalar or outside of [0, 1]; when traced, for rewards or discounts
-        that are not shaped as the values.
+      ValueError: for another `target`, a discount that is no scalar or outside of [0, 1]; when traced, for outputs
+        that are not one array, and rewards or discounts that are not shaped as the values.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: give one of {', '.join(TARGETS)}")
@@ -87,7 +87,7 @@ def td0(apply: Apply, discount: ArrayLike = 1.0, target: str = "full") -> Loss:
     value_error: Any = mse(apply)
 
     def squares(params, target_params, batch):
-        before, after = forward(apply, params, batch.inputs_tm1), forward(apply, target_params, batch.inputs_t)
+        before, after = one_array(apply, params, batch.inputs_tm1), one_array(apply, target_params, batch.inputs_t)
         shapes = {"rewards": batch.reward_t, "discounts": batch.discount_t}
         for name, x in shapes.items():
             if x is not None and x.shape != before.shape:

@@ -26,6 +26,18 @@ def forward(apply: Apply, params: Params, inputs: Any, *, masks: bool = False) -
     return jax.tree.map(_wide, apply(params, inputs))
 
 
+def one_array(apply: Apply, params: Params, inputs: Any, *, masks: bool = False) -> jax.Array:
+    """`forward`, of a model that returns one array.
+
+    Raises:
+      ValueError: for another, such as a policy's mean and standard deviation, and as `forward`.
+    """
+    outputs = forward(apply, params, inputs, masks=masks)
+    if not jax.tree_util.all_leaves([outputs]):
+        raise ValueError(f"the model returns a {type(outputs).__name__}: this loss takes one array of outputs")
+    return outputs
+
+
 def _wide(outputs: jax.Array) -> jax.Array:
     """At least float32: a loss of bfloat16 outputs would lose most of its digits."""
     return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
@@ -35,12 +47,13 @@ def mse(apply: Apply) -> Loss:
     """Mean squared error over all examples and features; batch = (inputs, targets), targets shaped as the outputs.
 
     Raises:
-      ValueError: when outputs and targets differ in shape (a silent broadcast would average the wrong differences).
+      ValueError: when traced, for outputs that are not one array or not shaped as the targets (a silent broadcast would
+        average the wrong differences).
     """
 
     def squares(params, batch):
         inputs, targets = batch
-        outputs = forward(apply, params, inputs)
+        outputs = one_array(apply, params, inputs)
         if outputs.shape != targets.shape:
             raise ValueError(f"mse: outputs {outputs.shape} and targets {targets.shape} differ in shape")
         return jnp.square(outputs - targets)
@@ -66,12 +79,12 @@ def cross_entropy(apply: Apply) -> Loss:
     Of `Padded` inputs the mean is over those that are present, and outputs from their `ways` on are no classes.
 
     Raises:
-      ValueError: when traced, for outputs that do not fit the labels.
+      ValueError: when traced, for outputs that are not one array or do not fit the labels.
     """
 
     def logits_of(params, batch):
         inputs, labels = batch
-        logits = forward(apply, params, inputs, masks=labels.ndim == 1)
+        logits = one_array(apply, params, inputs, masks=labels.ndim == 1)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"cross_entropy: outputs {logits.shape} do not fit labels {labels.shape}")
         if isinstance(inputs, Padded):
