@@ -15,9 +15,11 @@ protocol.
 """
 
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ from experiments.program import CONF, on_run
 from maml import train
 from maml.checkpoint import Checkpoints
 from maml.types import Params
+
+log = logging.getLogger(__name__)
 
 ALLOWED = ("evaluation.", "task.data_dir")
 
@@ -103,8 +107,10 @@ def _steps(which: str, directory: Path, checkpoints: Checkpoints) -> list[int]:
 
 
 def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
-    """Of the checkpoints that were validated those of the highest accuracy, or lowest loss, after the last step all have."""
-    kept = set(checkpoints.steps())
+    """Of the checkpoints that were validated as the newest one would be, those of the highest accuracy, or lowest loss, after
+    the last step all have."""
+    under = {step: _validation(config) for step, config in checkpoints.configs().items()}
+    kept = {step for step in under if under[step] == under[max(under)]}
     rows = [row for row in records(directory) if row["step"] in kept]
     validated = [row for row in rows if any(n.startswith("meta_valid/step_") for n in row)]
     # In all rows: evaluation.after may have changed on the way.
@@ -116,12 +122,24 @@ def _best(count: int, directory: Path, checkpoints: Checkpoints) -> list[int]:
     scores = {row["step"]: row[name] for row in validated if row.get(name) is not None}
     if len(scores) < count or not count:
         raise ValueError(
-            f"checkpoints=best{count}: {len(scores)} checkpoints in {directory} were kept and validated, after "
-            "the same inner step; run with trainer.validate_every and trainer.checkpoint_every equal, and more "
-            "trainer.keep_checkpoints"
+            f"checkpoints=best{count}: {len(scores)} checkpoints in {directory} were kept and validated, under the newest one's "
+            "evaluation and after the same inner step; run with trainer.validate_every and trainer.checkpoint_every "
+            "equal, and more trainer.keep_checkpoints"
+        )
+    if others := sorted(set(under) - kept):
+        log.warning(
+            "checkpoints=best%d: those of meta-steps %s were validated otherwise and are left out", count, others
         )
     best = sorted(scores, key=scores.__getitem__, reverse=name.endswith("accuracy"))
     return sorted(best[:count])
+
+
+def _validation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a validation depends on, but for the inner steps: of those the ones that all have are compared."""
+    cfg = results.plain(OmegaConf.create(dict(results.completed(config))))
+    of_test = ("split", "tasks", "steps", "after")
+    protocol = {k: v for k, v in cfg["evaluation"].items() if v is not None and k not in of_test}
+    return protocol | {"tasks": cfg["trainer"]["validation_tasks"]}
 
 
 def _number(name: str) -> int:

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,18 @@ class Checkpoints:
 
     def config(self) -> Mapping[str, Any] | None:
         """The configuration that the newest readable checkpoint was saved with, or None without checkpoints."""
+        return next((config for _, config in self._configs()), None)
+
+    def configs(self) -> dict[int, Mapping[str, Any]]:
+        """Of every readable checkpoint: step -> the configuration that it was saved with, newest first."""
+        return dict(self._configs())
+
+    def _configs(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for step in reversed(self.steps()):
             try:
-                return self._read(step, "meta")["config"]
+                yield step, self._read(step, "meta")["config"]
             except Exception as e:
                 log.warning("checkpoint %s is damaged, skipped: %s", self.directory / str(step), _line(e))
-        return None
 
     def restore(self, template) -> tuple[int, Any] | None:
         """The newest readable checkpoint as (step, tree shaped as `template`), or None where there is none.

@@ -47,6 +47,7 @@ def test_a_directory_may_have_a_name_that_is_a_pattern(tmp_path, name):
         Checkpoints(directory, keep=2).save(step, tree(step), {"at": step})
     found = Checkpoints(directory)
     assert (found.steps(), found.config()) == ([2, 3], {"at": 3})
+    assert found.configs() == {3: {"at": 3}, 2: {"at": 2}}
     assert same(found.restore(tree())[1], tree(3))
 
 

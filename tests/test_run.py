@@ -440,6 +440,20 @@ def test_checkpoints_are_chosen_and_several_are_one_named_ensemble(classifier, t
     assert evaluate_run(directory, ["checkpoints=best1"])["step"] == 4
 
 
+def test_checkpoints_that_were_validated_under_another_protocol_are_not_ranked(classifier, tmp_path, caplog):
+    """A run went on with the statistics of the support set: its accuracies are lower, and do not compare."""
+    directory = tmp_path / "run"
+    shutil.copytree(classifier, directory)
+    cfg = saved_config(directory)
+    cfg.trainer.steps, cfg.evaluation.norm, cfg.evaluation.tasks = 6, "support", 3
+    run.run(cfg, directory)
+    valid = [{"step": step, "meta_valid/step_2/accuracy": 1 / step} for step in (2, 4, 6)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
+    assert evaluate_run(directory, ["checkpoints=best1"])["step"] == 6
+    assert "those of meta-steps [2, 4] were validated otherwise and are left out" in caplog.text
+    assert "best2: 1 checkpoints in" in refusal(directory, "checkpoints=best2")
+
+
 def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier):
     cfg = OmegaConf.create(json.loads((classifier / "summary.json").read_text())["config"])
     assert "rotations=none" in build.build_protocol(cfg).task
