@@ -452,6 +452,12 @@ def test_checkpoints_that_were_validated_under_another_protocol_are_not_ranked(c
     assert evaluate_run(directory, ["checkpoints=best1"])["step"] == 6
     assert "those of meta-steps [2, 4] were validated otherwise and are left out" in caplog.text
     assert "best2: 1 checkpoints in" in refusal(directory, "checkpoints=best2")
+    # the size of the test is none of the validation's: what is kept then, 6 and 8, is ranked
+    cfg.trainer.steps, cfg.evaluation.tasks = 8, 4
+    run.run(cfg, directory)
+    valid = [{"step": step, "meta_valid/step_2/accuracy": 1 / step} for step in (4, 6, 8)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in valid))
+    assert evaluate_run(directory, ["checkpoints=best1"])["step"] == 6
 
 
 def test_an_evaluation_may_turn_no_images_and_take_other_minibatches(classifier):
